@@ -1,0 +1,45 @@
+# make train    install into .venv, then tune the shipped policy towards positive film reviews
+# make test     the default test suite
+PYTHON ?= $(shell for v in 3.13 3.12 3.11; do command -v python$$v >/dev/null 2>&1 && python$$v -c 'import venv, ensurepip' 2>/dev/null && echo python$$v && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: train train_smoke train_quick train_full test test_slow check tensorboard experiments clean
+
+train: $(INSTALLED)          ## the main job: two minutes on two cores
+	$(RUN) train.py algo=grpo reward=sentiment
+
+train_smoke: $(INSTALLED)    ## seconds: does everything still fit together?
+	$(RUN) train.py name=smoke steps=2 prompts_per_step=2 group_size=4 max_new_tokens=8 eval_prompts=8
+
+train_quick: $(INSTALLED)    ## half a minute
+	$(RUN) train.py name=quick steps=20 eval_prompts=32
+
+train_full: $(INSTALLED)     ## the recorded experiment: held by KL, 256 held-out prompts
+	$(RUN) train.py +experiment=sentiment_grpo
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -q
+
+test_slow: $(INSTALLED)
+	$(RUN) -m pytest -q -m slow
+
+check: $(INSTALLED)          ## lint, types, and every configuration composes
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest -q tests/test_config.py
+
+tensorboard: $(INSTALLED)
+	$(VENV)/bin/tensorboard --logdir outputs
+
+clean:
+	rm -rf $(VENV) outputs multirun build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "rlft needs Python 3.11, 3.12 or 3.13; give one: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --upgrade pip
+	$(RUN) -m pip install -q -e '.[all,dev]'
+	@touch $@

@@ -1,0 +1,113 @@
+"""From the checked configuration to objects: the only file that instantiates.
+
+Order: what is cheap and can fail comes first (hardware, data), then weights, then the algorithm that wires them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from hydra.errors import InstantiationException
+from hydra.utils import get_method, instantiate
+
+from rlft.algos.base import Algorithm
+from rlft.config import RootConfig
+from rlft.errors import ConfigError, RlftError
+from rlft.models.base import CausalLM
+from rlft.rewards.compose import RewardSum
+from rlft.rollout.sampling import Sampling
+from rlft.text.tokenizer import Tokenizer
+from rlft.trainer.metrics import Clock
+from rlft.trainer.progress import Progress
+from rlft.trainer.trackers import Tracker
+from rlft.trainer.trainer import Trainer, TrainSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs, wired."""
+
+    accelerator: Accelerator
+    policy: CausalLM
+    tokenizer: Tokenizer
+    algorithm: Algorithm
+    tracker: Tracker
+    clock: Clock
+
+
+def build(config: RootConfig) -> Job:
+    """Build every part of a run. Raises `ConfigError`, `DataError` or `CheckpointError` naming the setting."""
+    accelerator = _instantiate(config.hardware).accelerator()
+    torch.manual_seed(config.seed)
+    tracker = _instantiate(config.tracker)
+    model_node = dict(config.model)
+    tokenizer_node = model_node.pop("tokenizer", None)
+    if tokenizer_node is None:
+        raise ConfigError("model.tokenizer is not set; every model names its tokenizer")
+    tokenizer = _instantiate(tokenizer_node)
+    data = _instantiate(config.data, tokenizer=tokenizer)
+    clock = Clock()
+    policy = _instantiate(model_node).to(accelerator.device)
+    if tokenizer.vocab_size > policy.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {policy.vocab_size}")
+    available: dict[str, Any] = {
+        "policy": policy,
+        "data": data,
+        "tokenizer": tokenizer,
+        "sampling": Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
+        "seed": config.seed,
+        "device": accelerator.device,
+        "autocast": accelerator.autocast,
+        "is_float32": accelerator.mixed_precision == "no",
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "clock": clock,
+    }
+    wanted = inspect.signature(get_method(config.algo["_target_"])).parameters
+    if "rewards" in wanted:
+        available["rewards"] = _rewards(config.reward)
+    if "reference" in wanted:
+        available["reference"] = _instantiate(config.reference, policy=policy)
+    algorithm = _instantiate(config.algo, **{name: value for name, value in available.items() if name in wanted})
+    return Job(accelerator, policy, tokenizer, algorithm, tracker, clock)
+
+
+def trainer(job: Job, config: RootConfig, *, run_dir: Path, progress: Progress) -> Trainer:
+    """Return the trainer of a built job; moves nothing and loads nothing."""
+    names = [field.name for field in fields(TrainSettings)]
+    settings = TrainSettings(**{name: getattr(config, name) for name in names})
+    return Trainer(
+        job.policy, job.algorithm, settings=settings, accelerator=job.accelerator, run_dir=run_dir,
+        tracker=job.tracker, progress=progress, clock=job.clock,
+    )  # fmt: skip
+
+
+def _rewards(node: dict[str, dict]) -> RewardSum:
+    if not node:
+        raise ConfigError("this algorithm needs a reward: reward=sentiment, or several: reward=[sentiment,length]")
+    plain = {name: {k: v for k, v in one.items() if k not in ("weight", "timeout")} for name, one in node.items()}
+    return RewardSum(
+        {name: _instantiate(one) for name, one in plain.items()},
+        weights={name: one.get("weight", 1.0) for name, one in node.items()},
+        timeouts={name: one.get("timeout", 60.0) for name, one in node.items()},
+    )
+
+
+def _instantiate(node: dict, **given: Any) -> Any:
+    """Instantiate a node; an error of ours that Hydra wrapped is raised as itself."""
+    try:
+        # The given objects are passed by a partial: Hydra would try to make configuration nodes of them.
+        made = instantiate(node | {"_partial_": True}, _convert_="all")
+        return made(**given)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, RlftError):
+                raise cause from error
+            cause = cause.__cause__
+        raise ConfigError(f"{node.get('_target_')}: {error}") from error

@@ -1,0 +1,193 @@
+"""The configuration's schema, and its check after composition: nothing unknown or mistyped gets past it.
+
+Hydra refuses an unknown key on the command line but adds one that stands in an experiment file, and `_partial_` hides a
+wrong argument until the call. So the composed configuration is checked as a whole: root keys and types against
+`RootSettings`, each node with a `_target_` against that callable's signature. Nothing is built by the check.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hydra.utils import get_method
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlft.errors import ConfigError, nearest
+from rlft.trainer.schedule import SCHEDULES
+
+
+@dataclass(frozen=True)
+class RootSettings:
+    """The root settings; `conf/train.yaml` says what each means and holds its default."""
+
+    name: str
+    seed: int
+    run_dir: str | None
+    resume: bool
+    dry_run: bool
+    steps: int
+    max_minutes: float | None
+    max_tokens: int | None
+    patience: int | None
+    prompts_per_step: int
+    group_size: int
+    micro_batch: int | None
+    micro_batch_tokens: int | None
+    max_new_tokens: int
+    temperature: float
+    learning_rate: float
+    warmup_steps: int
+    schedule: str
+    final_learning_rate_fraction: float
+    max_grad_norm: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eval_every: int
+    eval_prompts: int
+    save_every: int
+    keep: int
+    log_every: int
+
+
+@dataclass(frozen=True)
+class RootConfig(RootSettings):
+    """The whole configuration, resolved, as plain values."""
+
+    model: dict
+    reference: dict
+    algo: dict
+    reward: dict
+    data: dict
+    hardware: dict
+    tracker: dict
+
+
+# What rlft/build.py hands to each group's callable beside its YAML.
+GIVEN = {
+    "model": ["tokenizer"],
+    "reference": ["policy"],
+    "algo": [
+        "policy", "reference", "rewards", "data", "tokenizer", "sampling", "seed",
+        "device", "autocast", "is_float32", "rank", "world_size", "clock",
+    ],
+    "reward": ["weight", "timeout"],
+    "data": ["tokenizer"],
+    "hardware": [],
+    "tracker": [],
+}  # fmt: skip
+_HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+_AT_LEAST_ONE = ("steps", "prompts_per_step", "group_size", "max_new_tokens", "eval_prompts", "keep", "log_every",
+                 "micro_batch", "micro_batch_tokens", "max_tokens", "patience")  # fmt: skip
+_AT_LEAST_ZERO = ("seed", "warmup_steps", "eval_every", "save_every", "weight_decay", "final_learning_rate_fraction")
+_ABOVE_ZERO = ("temperature", "learning_rate", "max_grad_norm", "max_minutes")
+
+
+def checked(config: DictConfig) -> RootConfig:
+    """Return the composed configuration as plain values; raises `ConfigError` naming the key that is wrong."""
+    known = [field.name for field in fields(RootConfig)]
+    for key in map(str, config):
+        if key not in known:
+            raise ConfigError(
+                f"unknown setting '{key}'{nearest(str(key), known)}; conf/train.yaml lists the root settings"
+            )
+    try:
+        values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(values, dict)
+        root = {k: v for k, v in values.items() if k not in GIVEN}
+        typed: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(RootSettings), root), throw_on_missing=True)
+        assert isinstance(typed, dict)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    _check_ranges(typed)
+    groups = {group: values.get(group) or {} for group in GIVEN}
+    for group, node in groups.items():
+        _check_group(group, node)
+    typed["betas"] = tuple(typed["betas"])
+    return RootConfig(**typed, **groups)
+
+
+def _check_ranges(root: dict[str, Any]) -> None:
+    for names, is_allowed, allowed in (
+        (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
+        (_AT_LEAST_ZERO, lambda x: x >= 0, "at least 0"),
+        (_ABOVE_ZERO, lambda x: x > 0, "above 0"),
+    ):
+        for name in names:
+            if root[name] is not None and not is_allowed(root[name]):
+                raise ConfigError(f"{name}={root[name]} must be {allowed}")
+    if root["schedule"] not in SCHEDULES:
+        raise ConfigError(
+            f"schedule={root['schedule']} is not one of {', '.join(SCHEDULES)}{nearest(root['schedule'], SCHEDULES)}"
+        )
+    if len(root["betas"]) != 2 or not all(0 <= beta < 1 for beta in root["betas"]):
+        raise ConfigError(f"betas={root['betas']} must be two numbers in [0, 1)")
+
+
+def _check_group(group: str, node: dict[str, Any]) -> None:
+    if group == "reward":
+        for name, reward in node.items():
+            _check_node(f"reward.{name}", reward, given=GIVEN[group])
+    else:
+        _check_node(group, node, given=GIVEN[group])
+
+
+def _check_node(path: str, node: Any, *, given: list[str]) -> None:
+    """Check a `_target_` node's keys against its callable's signature, then the nodes inside it."""
+    if not isinstance(node, dict):
+        raise ConfigError(f"{path}={node!r} is not a group choice; see the files under conf/{path.split('.')[0]}/")
+    if "_target_" not in node:
+        raise ConfigError(f"{path} has no _target_: choose one of the files under conf/{path.split('.')[0]}/")
+    try:
+        target = get_method(node["_target_"])
+    except Exception as error:  # hydra wraps import errors of every kind
+        raise ConfigError(f"{path}._target_={node['_target_']} cannot be imported: {error}") from error
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    hints = _hints(target)
+    for key, value in node.items():
+        if key in _HYDRA_KEYS or key in given:
+            continue
+        if key not in named and not takes_any:
+            settable = [name for name in named if name not in given and name != "self"]
+            raise ConfigError(
+                f"unknown setting '{path}.{key}'{nearest(key, settable)}; allowed: {', '.join(settable) or 'none'}"
+            )
+        if key in hints:
+            _check_type(f"{path}.{key}", value, hints[key])
+    required = [name for name in named if parameters.get(name) and parameters[name].default is inspect.Parameter.empty]
+    missing = [name for name in required if name not in node and name not in given]
+    if missing and not node.get("_partial_"):
+        raise ConfigError(f"{path}.{missing[0]} is not set, and has no default")
+    for key, value in node.items():
+        if isinstance(value, dict) and "_target_" in value:
+            _check_node(f"{path}.{key}", value, given=[])
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(function)
+    except NameError:  # annotations that exist for the type checker only
+        return {}
+
+
+def _check_type(path: str, value: Any, hint: Any) -> None:
+    """Check values of plain types (str, int, float, bool, None and unions of them); leave other annotations alone."""
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else (hint,)
+    )
+    if not set(options) <= {str, int, float, bool, type(None)}:
+        return
+    allowed = tuple(options) + ((int,) if float in options else ())
+    is_stray_bool = isinstance(value, bool) and bool not in options
+    if not isinstance(value, allowed) or is_stray_bool:
+        names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
+        raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {names} is allowed")

@@ -1,0 +1,36 @@
+"""Counted randomness: every draw is a pure function of a seed and of what it is drawn for.
+
+NumPy's Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is a counter-based generator:
+its output depends on a 128-bit key and a 256-bit counter only. We key it by (seed, stream) and start its counter at
+(0, a, b, c), so that different (a, b, c) can never overlap. Nothing is kept between draws, so there is no generator
+state to save: batch size, order, rank, world size and resume change no draw.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+
+def generator(seed: int, stream: str, a: int = 0, b: int = 0, c: int = 0) -> np.random.Generator:
+    """Return the generator for `stream` (a name such as "order" or "sample") at the counts `(a, b, c)`, each >= 0."""
+    key = np.array([seed, zlib.crc32(stream.encode())], dtype=np.uint64)
+    counter = np.array([0, a, b, c], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def order(num_items: int, *, seed: int, start: int, count: int) -> np.ndarray:
+    """Return items `start .. start + count - 1` of an endless sequence of shuffled epochs over `num_items` items.
+
+    Each epoch is a permutation drawn from (seed, epoch), so the batch of step n is `order(N, seed=s, start=n * size,
+    count=size)`, whatever happened before. Returns int64 `[count]`.
+    """
+    if num_items < 1:
+        raise ValueError(f"num_items must be at least 1, got {num_items}")
+    positions = np.arange(start, start + count)
+    picked = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(positions // num_items):
+        here = positions // num_items == epoch
+        picked[here] = generator(seed, "order", int(epoch)).permutation(num_items)[positions[here] % num_items]
+    return picked

@@ -1,0 +1,45 @@
+"""Texts to ids, many at once, with the place of a text that the tokenizer refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from rlft.errors import DataError
+
+CHUNK = 1024  # texts at once: bounds the memory that lists of Python integers take
+
+
+class Encoder(Protocol):
+    """What the data sets need of a tokenizer (`rlft.text.tokenizer.Tokenizer` has it)."""
+
+    hf: Any
+    vocab_size: int
+    eos_id: int | None
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def encode_texts(texts: Sequence[str], places: Sequence[str], *, tokenizer: Encoder) -> Iterator[list[int]]:
+    """Yield the ids of each text; a text that the tokenizer refuses raises `DataError` with its place."""
+    for start in range(0, len(texts), CHUNK):
+        chunk = texts[start : start + CHUNK]
+        try:
+            encoded = tokenizer.encode_batch(chunk)
+        except ValueError:
+            _raise_for_first(chunk, places[start : start + CHUNK], tokenizer)
+            raise
+        yield from encoded
+
+
+def _raise_for_first(texts: Sequence[str], places: Sequence[str], tokenizer: Encoder) -> None:
+    for text, place in zip(texts, places, strict=True):
+        try:
+            tokenizer.encode_batch([text])
+        except ValueError as error:
+            raise DataError(f"{place}: the tokenizer cannot encode this text: {error}") from error

@@ -1,0 +1,185 @@
+"""Records (JSON objects, table rows) made into rows: which column is the text, what is refused, what is counted.
+
+The columns are TRL's: the text column is `prompt` (a string, or a conversation: a list of `{"role", "content"}`), or
+`text`; every other column is kept and handed to the rewards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rlft.data.source import SPLITS, Row, check_fractions, check_split, given_splits, split_rows
+from rlft.errors import ConfigError, DataError, nearest
+
+ON_BAD_ROW = ("error", "skip")
+RESERVED = ("prompts", "completions", "completion_ids")  # keywords that a reward is called with already
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+class Table:
+    """Base of the sources that read records; a subclass says how one of its inputs is read.
+
+    Args:
+        path: where the records are. One input is split by a hash of the text (`validation` and `test` are fractions
+            of the rows), and each split comes in the order of the hashes. A mapping such as `{train: a, validation:
+            b}` gives each split its own input, kept in its own order; a text that is in two of them stays in the later
+            one only, counted as `leaked`.
+        prompt_column: the column that holds the text.
+        on_bad_row: a row that cannot be read is an error with its file and line ("error"), or left out and counted
+            ("skip").
+
+    Two rows are duplicates, and the second is left out and counted, where all their columns are equal: the same
+    prompt with another answer is another row, though never in another split. A column that some rows lack is None
+    there.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        *,
+        prompt_column: str = "prompt",
+        on_bad_row: str = "error",
+        validation: float = 0.05,
+        test: float = 0.05,
+    ) -> None:
+        if on_bad_row not in ON_BAD_ROW:
+            allowed = ", ".join(ON_BAD_ROW)
+            raise ConfigError(f"on_bad_row is one of {allowed}, got {on_bad_row!r}{nearest(on_bad_row, ON_BAD_ROW)}")
+        check_fractions(validation, test)
+        self.inputs = check_inputs(path)
+        for value in self.inputs.values():
+            self.check_input(value)
+        self.is_split = isinstance(path, dict)
+        self.prompt_column, self.on_bad_row = prompt_column, on_bad_row
+        self.validation, self.test = validation, test
+
+    def rows(self, split: str) -> list[Row]:
+        """Return the rows of a split."""
+        return self._read[0][check_split(split)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows read, bad rows skipped, duplicates left out, and the size of each split."""
+        return dict(self._read[1])
+
+    @property
+    def num_skipped(self) -> int:
+        """How many bad rows were left out."""
+        return self._read[1]["skipped"]
+
+    def check_input(self, path: str) -> None:
+        """Raise `ConfigError` unless the input, a file, exists."""
+        check_file(path)
+
+    def records(self, path: str) -> Iterator[tuple[str, Any]]:
+        """Yield each record of one input with its place; a `DataError` in place of one that cannot be read."""
+        raise NotImplementedError
+
+    @cached_property
+    def _read(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
+        splits: dict[str, list[Row]] = {}
+        skipped = 0
+        for name, path in self.inputs.items():
+            splits[name] = []
+            for where, record in self.records(path):
+                try:
+                    splits[name].append(make_row(record, where, self.prompt_column))
+                except DataError:
+                    if self.on_bad_row == "error":
+                        raise
+                    skipped += 1
+        num_rows = skipped + sum(len(rows) for rows in splits.values())
+        if num_rows == skipped:
+            raise DataError(f"{', '.join(self.inputs.values())}: no row can be used ({skipped} bad rows skipped)")
+        splits = _with_all_columns(splits)
+        if self.is_split:
+            clean, counts = given_splits(splits, key=_identity)
+        else:
+            clean, counts = split_rows(splits["train"], validation=self.validation, test=self.test, key=_identity)
+        return clean, {"rows": num_rows, "skipped": skipped, **counts}
+
+
+def check_inputs(path: str | dict[str, str]) -> dict[str, str]:
+    """Return the inputs by split; a single one stands under `train`. Raises `ConfigError` for an unknown split."""
+    inputs = path if isinstance(path, dict) else {"train": path}
+    for name in inputs:
+        check_split(name)
+    if "train" not in inputs:
+        raise ConfigError(f"path={path}: the train split is missing; the splits are {', '.join(SPLITS)}")
+    return {name: str(value) for name, value in inputs.items()}
+
+
+def check_file(path: str) -> Path:
+    """Return the path of a file that exists, else raise `ConfigError`."""
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise ConfigError(f"data.source.path={path}: there is no such file (looked at {found.absolute()})")
+    return found
+
+
+def make_row(record: Any, where: str, prompt_column: str) -> Row:
+    """Return the record as a row, or raise `DataError` that says what is wrong and what is allowed."""
+    if isinstance(record, DataError):
+        raise record
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a row is an object with named columns, got {type(record).__name__}")
+    if prompt_column not in record:
+        names = ", ".join(map(str, record)) or "none"
+        hint = nearest(prompt_column, map(str, record))
+        raise DataError(
+            f"{where}: there is no column {prompt_column!r}{hint}; the columns are {names}: "
+            f"set data.source.prompt_column"
+        )
+    for name in RESERVED:
+        if name in record:
+            raise DataError(f"{where}: the column {name!r} has the name of an argument of every reward: rename it")
+    columns = {name: value for name, value in record.items() if name != prompt_column}
+    value = record[prompt_column]
+    if isinstance(value, str):
+        _check_unicode(value, where, prompt_column)
+        return Row(value, columns, where)
+    messages = _messages(value, where, prompt_column)
+    return Row("\n".join(message["content"] for message in messages), columns, where, messages)
+
+
+def _messages(value: Any, where: str, prompt_column: str) -> tuple[dict[str, str], ...]:
+    allowed = f"{prompt_column!r} is a string, or a list of messages such as [{{'role': 'user', 'content': 'Hi'}}]"
+    if not isinstance(value, list) or not value:
+        got = "an empty list" if value == [] else type(value).__name__
+        raise DataError(f"{where}: {allowed}; got {got}")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(f"{where}: {allowed}; got the message {str(message)[:80]}")
+        if message["role"] not in ROLES:
+            hint = nearest(message["role"], ROLES)
+            raise DataError(f"{where}: role is one of {', '.join(ROLES)}, got {message['role']!r}{hint}")
+        _check_unicode(message["content"], where, prompt_column)
+    return tuple(value)
+
+
+def _check_unicode(text: str, where: str, column: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {column!r} holds a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}: "
+            f"it is half of a character; mend the file"
+        ) from None
+
+
+def _with_all_columns(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """Return the rows with the same columns in each: None where a row lacks one."""
+    names = dict.fromkeys(name for rows in splits.values() for row in rows for name in row.columns)
+    return {
+        split: [Row(row.text, {name: row.columns.get(name) for name in names}, row.where, row.messages) for row in rows]
+        for split, rows in splits.items()
+    }
+
+
+def _identity(row: Row) -> str:
+    """What two rows must share to be duplicates."""
+    return json.dumps([row.messages or " ".join(row.text.split()), row.columns], sort_keys=True, default=repr)

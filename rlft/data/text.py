@@ -1,0 +1,119 @@
+"""Plain text for language-model training: one long array of tokens, cut into blocks.
+
+As nanoGPT and the GPT papers pack text, except that an epoch is a permutation of blocks that do not overlap (each
+token is trained on once an epoch) where nanoGPT draws block starts at random with replacement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+from rlft.cache import atomic_path, cache_dir
+from rlft.counted import generator, order
+from rlft.data.encode import Encoder, encode_texts
+from rlft.data.source import Source, check_split
+from rlft.errors import ConfigError, DataError
+
+
+class TextData:
+    """Blocks of `block_size + 1` tokens; a block's inputs are `block[:-1]` and its targets `block[1:]`.
+
+    The texts of a split are joined in the source's order, each followed by the end-of-text token where the tokenizer
+    has one. Consecutive blocks overlap by one token, so that each token but the first is a target once. The tail that
+    fills no block is left out: `counts` says how long it is. Epoch e of the training split cuts its blocks from an
+    offset drawn from (seed, e), the array read as a ring, so that blocks differ between epochs and so does the tail.
+
+    Args:
+        source: where the texts come from.
+        tokenizer: turns them into ids; the ids are kept in the cache directory.
+        block_size: inputs of a block, in tokens, at least 1.
+    """
+
+    def __init__(self, source: Source, *, tokenizer: Encoder, block_size: int) -> None:
+        if block_size < 1:
+            raise ConfigError(f"block_size is a number of tokens, at least 1, got {block_size}")
+        self.source, self.tokenizer, self.block_size = source, tokenizer, block_size
+        self._tokens: dict[str, np.ndarray] = {}
+
+    def tokens(self, split: str) -> np.ndarray:
+        """Return the tokens of a split, int32 `[T]`, made at the first call and then read from the cache."""
+        if check_split(split) not in self._tokens:
+            self._tokens[split] = self._load(split)
+        return self._tokens[split]
+
+    def num_blocks(self, split: str) -> int:
+        """Return how many whole blocks the split has (for training: in one epoch)."""
+        return max(0, (len(self.tokens(split)) - 1) // self.block_size)
+
+    def batch(self, step: int, *, size: int, seed: int) -> torch.Tensor:
+        """Return the training batch of a step, int64 `[size, block_size + 1]`: a function of its arguments only."""
+        num_blocks = self._some_blocks("train")
+        first = step * size
+        picked = order(num_blocks, seed=seed, start=first, count=size)
+        epochs = np.arange(first, first + size) // num_blocks
+        offset = {int(e): int(generator(seed, "block offset", int(e)).integers(self.block_size)) for e in set(epochs)}
+        starts = picked * self.block_size + np.array([offset[int(e)] for e in epochs])  # [size]
+        return self._blocks("train", starts)
+
+    def validation(self, *, max_blocks: int | None = None) -> torch.Tensor:
+        """Return the first `max_blocks` blocks of the validation split (None: all), int64 `[N, block_size + 1]`."""
+        if max_blocks is not None and max_blocks < 1:
+            raise ConfigError(f"max_blocks is at least 1, or null for all of them, got {max_blocks}")
+        num_blocks = self._some_blocks("validation")
+        count = num_blocks if max_blocks is None else min(max_blocks, num_blocks)
+        return self._blocks("validation", np.arange(count) * self.block_size)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The source's counts, and for the splits trained and validated on: tokens, blocks, tokens in the tail."""
+        counts = dict(self.source.counts)
+        for split in ("train", "validation"):
+            tokens, blocks = len(self.tokens(split)), self.num_blocks(split)
+            counts[f"{split}_tokens"], counts[f"{split}_blocks"] = tokens, blocks
+            counts[f"{split}_tail_tokens"] = tokens - (blocks * self.block_size + 1) if blocks else tokens
+        return counts
+
+    def _blocks(self, split: str, starts: np.ndarray) -> torch.Tensor:
+        tokens = self.tokens(split)
+        index = (starts[:, None] + np.arange(self.block_size + 1)) % len(tokens)  # [N, block_size + 1]
+        return torch.from_numpy(tokens[index].astype(np.int64))
+
+    def _some_blocks(self, split: str) -> int:
+        num_blocks = self.num_blocks(split)
+        if num_blocks == 0:
+            raise DataError(
+                f"the {split} split has {len(self.tokens(split))} tokens, fewer than one block of "
+                f"{self.block_size} + 1: give more text, a larger share to this split, or a smaller block_size"
+            )
+        return num_blocks
+
+    def _load(self, split: str) -> np.ndarray:
+        rows = self.source.rows(split)
+        texts, places = [row.text for row in rows], [row.where for row in rows]
+        path = cache_dir() / "tokens" / f"{self._key(texts, split)}.npy"
+        if not path.is_file():
+            with atomic_path(path) as temporary:
+                np.save(temporary, self._encode(texts, places), allow_pickle=False)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged ({error}): delete it, and it is made again") from error
+
+    def _encode(self, texts: list[str], places: list[str]) -> np.ndarray:
+        end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        parts = [np.empty(0, dtype=np.int32)]
+        for ids in encode_texts(texts, places, tokenizer=self.tokenizer):
+            parts.append(np.array(ids + end, dtype=np.int32))
+        return np.concatenate(parts)
+
+    def _key(self, texts: list[str], split: str) -> str:
+        """SHA-256 (hex) of all that the token array depends on; lengths keep two lists of texts from sharing one."""
+        digest = hashlib.sha256(f"tokens 1 {split} {self.tokenizer.fingerprint} {self.tokenizer.eos_id}".encode())
+        for text in texts:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "big"))
+            digest.update(data)
+        return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""The errors a run ends with, each with its exit code (the table is in README.md)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RlftError(Exception):
+    """Base of every error that a user can mend; `exit_code` is the process's exit status."""
+
+    exit_code = 1
+
+
+class ConfigError(RlftError, ValueError):
+    """A setting is wrong, missing or unknown."""
+
+    exit_code = 2
+
+
+class DataError(RlftError, ValueError):
+    """A data set or one of its rows cannot be used; the message names file and line."""
+
+    exit_code = 3
+
+
+class RewardError(RlftError, ValueError):
+    """A reward failed, timed out, or returned something that is not a reward."""
+
+    exit_code = 4
+
+
+class NonFiniteError(RlftError, ArithmeticError):
+    """Too many optimizer steps in a row had a non-finite loss or gradient."""
+
+    exit_code = 5
+
+
+class CheckpointError(RlftError, ValueError):
+    """A checkpoint is incomplete, damaged, or of another model."""
+
+    exit_code = 6
+
+
+class RunDirectoryError(RlftError, OSError):
+    """The run directory holds another run, or another process is writing to it."""
+
+    exit_code = 7
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return `" (did you mean 'x'?)"` for the allowed name closest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""

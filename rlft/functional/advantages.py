@@ -1,0 +1,187 @@
+"""Advantages: how much better than expected each token or each completion did.
+
+Two families. From per-token rewards [B, T]: discounted returns, and generalised advantage estimation with a critic.
+From one reward for each completion [B], rows of a group side by side (row = prompt * group_size + member): group mean,
+group z-score and leave-one-out. `whiten` is for either. Nothing here carries an advantage from padding or between rows.
+
+A reward of nan means that the completion is not counted (a reward function returned None): it is left out of its
+group's mean, spread and leave-one-out, and its own advantage is 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlft.functional.masking import as_bool, require_same_shape, zero_outside
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Return generalised advantage estimates and the critic's targets (arXiv:1506.02438, eq. 16); neither is whitened.
+
+        delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   return_t = A_t + V_t
+
+    t + 1 is the next counted token of the row: tokens outside the mask are stepped over. After the last counted token
+    V = A = 0, for truncated completions too (as in TRL).
+
+    Args:
+        rewards: [B, T] floating.
+        values: [B, T] floating, V_t is the value before token t is sampled.
+        mask: [B, T] bool or float.
+        gamma: discount, in [0, 1].
+        lam: in [0, 1]; 0 is one-step temporal difference, 1 is returns minus values.
+
+    Returns:
+        advantages and returns, both [B, T], 0 outside the mask.
+    """
+    _check_fraction("gamma", gamma)
+    _check_fraction("lam", lam)
+    require_same_shape(rewards=rewards, values=values)
+    counted, rewards, values = as_bool(mask, rewards), zero_outside(rewards, mask), zero_outside(values, mask)
+    advantage = next_value = torch.zeros_like(rewards[:, 0] + values[:, 0]) if rewards.shape[1] else rewards.sum(-1)
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(counted[:, t], delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(counted[:, t], values[:, t], next_value)
+        columns.append(advantage)
+    advantages = torch.where(counted, torch.stack(columns[::-1], dim=1), 0.0) if columns else torch.zeros_like(rewards)
+    return advantages, advantages + values
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """Return the discounted sum of the rewards from each token on (REINFORCE's return-to-go).
+
+        R_t = r_t + gamma R_{t+1}
+
+    t + 1 is the next counted token of the row; the same as `gae` with zero values and lam = 1.
+
+    Args:
+        rewards: [B, T] floating.
+        mask: [B, T] bool or float.
+        gamma: discount, in [0, 1].
+
+    Returns:
+        [B, T], 0 outside the mask.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
+
+
+def group_mean(rewards: Tensor, *, group_size: int) -> Tensor:
+    """Return each reward minus its group's mean (Dr. GRPO, arXiv:2503.20783).
+
+        A_i = r_i - mean(r)
+
+    The mean holds r_i itself, so with k completions the expected gradient is (k - 1) / k of `leave_one_out`'s, and 0
+    for k = 1.
+
+    Args:
+        rewards: [B], row = prompt * group_size + member; nan is not counted.
+        group_size: completions of each prompt.
+
+    Returns:
+        [B], exactly 0 throughout a group of equal rewards.
+    """
+    return _centred(rewards, group_size)[0].flatten()
+
+
+def group_zscore(rewards: Tensor, *, group_size: int, eps: float = 1e-4) -> Tensor:
+    """Return each reward minus its group's mean, over the group's standard deviation (GRPO, arXiv:2402.03300, eq. 3).
+
+        A_i = (r_i - mean(r)) / (std(r) + eps),   std with ddof 1, as in TRL
+
+    Args:
+        rewards: [B], row = prompt * group_size + member; nan is not counted.
+        group_size: completions of each prompt, at least 2.
+        eps: added to the standard deviation.
+
+    Returns:
+        [B], exactly 0 throughout a group of equal rewards, and where only one completion of the group counts.
+
+    Raises:
+        ValueError: for a group of 1, which has no standard deviation.
+    """
+    _refuse_group_of_one("group_zscore", group_size)
+    centred, num = _centred(rewards, group_size)
+    std = (centred.square().sum(-1, keepdim=True) / (num - 1).clamp(min=1)).sqrt()
+    return (centred / (std + eps)).flatten()
+
+
+def leave_one_out(rewards: Tensor, *, group_size: int) -> Tensor:
+    """Return each reward minus the mean of the others of its group (RLOO, arXiv:2402.14740).
+
+        A_i = r_i - sum_{j != i} r_j / (k - 1)
+
+    The baseline does not hold r_i, so the gradient is unbiased.
+
+    Args:
+        rewards: [B], row = prompt * group_size + member; nan is not counted.
+        group_size: completions of each prompt, at least 2.
+
+    Returns:
+        [B], exactly 0 throughout a group of equal rewards, and where only one completion of the group counts.
+
+    Raises:
+        ValueError: for a group of 1, which leaves nothing when one is left out.
+    """
+    _refuse_group_of_one("leave_one_out", group_size)
+    centred, num = _centred(rewards, group_size)
+    return (centred * num / (num - 1).clamp(min=1)).flatten()
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Return `x` scaled to unit variance over the counted entries of the whole tensor.
+
+        (x - mean) / sqrt(var + 1e-8)  (+ mean, if not shift_mean),   var unbiased (ddof 1)
+
+    As in TRL's PPO. The statistics are of this tensor: call it on the whole batch, before it is cut into micro-batches.
+
+    Args:
+        x: [B, T] floating.
+        mask: [B, T] bool or float.
+        shift_mean: whether the mean becomes 0; if not, it stays.
+
+    Returns:
+        [B, T], 0 outside the mask; a single counted entry has variance 0.
+    """
+    counted = as_bool(mask, x)
+    num = counted.sum()
+    mean = zero_outside(x, counted).sum() / num.clamp(min=1)
+    centred = zero_outside(x - mean, counted)
+    variance = centred.square().sum() / (num - 1).clamp(min=1)
+    scaled = centred * torch.rsqrt(variance + 1e-8)
+    return scaled if shift_mean else zero_outside(scaled + mean, counted)
+
+
+def _centred(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return rewards minus their group's mean, [P, G], 0 where not counted, and how many count, [P, 1]."""
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must be [B], one for each completion, got {list(rewards.shape)}")
+    if group_size < 1 or rewards.shape[0] % group_size:
+        raise ValueError(
+            f"{rewards.shape[0]} rewards do not make whole groups of {group_size}: "
+            "rows must be prompts x group_size, with group_size at least 1"
+        )
+    groups = (rewards if rewards.is_floating_point() else rewards.float()).reshape(-1, group_size)
+    counted = ~groups.isnan()
+    num = counted.sum(-1, keepdim=True)
+    # subtracting a member first makes groups of equal rewards exactly 0, where r - mean(r) would leave rounding noise
+    lowest = torch.where(counted, groups, torch.inf).amin(-1, keepdim=True)
+    above = torch.where(counted, groups - lowest, 0.0)
+    mean = above.sum(-1, keepdim=True) / num.clamp(min=1)
+    return torch.where(counted, above - mean, 0.0), num
+
+
+def _refuse_group_of_one(name: str, group_size: int) -> None:
+    """Refuse a group that has nothing to compare a completion with."""
+    if group_size == 1:
+        raise ValueError(
+            f"{name} compares a completion with the others of its group and needs group_size of at least 2, got 1; "
+            "raise group_size, or choose an advantage that needs no group (returns-to-go, a critic)"
+        )
+
+
+def _check_fraction(name: str, value: float) -> None:
+    """Refuse a discount outside [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")

@@ -1,0 +1,246 @@
+"""Surrogate losses: per-token losses [B, T] whose gradient is the policy gradient, and what was clipped.
+
+With r = exp(logprob - old_logprob), the ratio of the current policy to the one that sampled. Each function returns the
+loss of every position, to be masked and averaged by `rlft.functional.aggregation`, and a dict of detached [B, T]
+statistics under TRL's names, to be masked and averaged by the caller in the same way: indicators (`clip_ratio/low`,
+`clip_ratio/high`, `clip_ratio/region` = either) average to fractions of tokens, `ratio` to the mean ratio.
+
+Gradients flow into `logprobs` (or `values`) alone; everything else is detached. `advantages` are [B, T], or [B] or
+[B, 1] for one advantage a completion. Where an input is not finite, or the ratio overflows, the loss is nan and the
+gradient 0: at a masked position it cannot leak, at one that counts the loss is seen not to be finite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlft.functional.masking import as_bool, require_same_shape, zero_outside
+
+Surrogate = tuple[Tensor, dict[str, Tensor]]
+
+
+def score_function(logprobs: Tensor, advantages: Tensor) -> Surrogate:
+    """Return REINFORCE's loss (Williams 1992; RLOO, arXiv:2402.14740): on policy, without a ratio.
+
+        loss_t = -A_t logprob_t
+
+    Args:
+        logprobs: [B, T] floating, of the current policy.
+        advantages: [B, T], [B, 1] or [B].
+
+    Returns:
+        loss [B, T], and no statistics.
+    """
+    advantages = _per_token(advantages, logprobs)
+    sound = logprobs.isfinite() & advantages.isfinite()
+    loss = -torch.where(sound, advantages, 0.0) * torch.where(sound, logprobs, 0.0)
+    return torch.where(sound, loss, torch.nan), {}
+
+
+def clipped(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> Surrogate:
+    """Return PPO's clipped loss (arXiv:1707.06347, eq. 7), with separate bounds (DAPO, arXiv:2503.14476) and dual clip.
+
+        loss_t = -min(r A, clamp(r, 1 - clip_low, 1 + clip_high) A)
+        dual clip, where A < 0:  loss_t = -max(min(...), dual_clip A)      (arXiv:1912.09729, eq. 5)
+
+    Args:
+        logprobs: [B, T] floating, of the current policy.
+        old_logprobs: [B, T], of the policy that sampled.
+        advantages: [B, T], [B, 1] or [B].
+        clip_low: in [0, 1].
+        clip_high: at least 0; DAPO takes 0.28 with a clip_low of 0.2.
+        dual_clip: the largest ratio that a negative advantage is multiplied by, above 1; None: not bounded.
+
+    Returns:
+        loss [B, T], and `ratio`, `clip_ratio/low` (r below the bound and A < 0), `clip_ratio/high` (above, A > 0),
+        `clip_ratio/region`, and with a dual clip `clip_ratio/dual` (r above it and A < 0).
+
+    Raises:
+        ValueError: for a bound outside its range.
+    """
+    _check_clip(clip_low, clip_high)
+    if dual_clip is not None and not dual_clip > 1.0:
+        raise ValueError(f"dual_clip must be greater than 1 (3.0 in its paper), or None for none, got {dual_clip}")
+    advantages = _per_token(advantages, logprobs)
+    log_ratio, sound = _log_ratio(logprobs, old_logprobs, advantages)
+    advantages, ratio = torch.where(sound, advantages, 0.0), log_ratio.exp()
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
+    statistics = _clip_statistics(ratio, advantages, sound, clip_low, clip_high)
+    if dual_clip is not None:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+        statistics["clip_ratio/dual"] = _indicator((ratio > dual_clip) & (advantages < 0), ratio)
+    return torch.where(sound, -gain, torch.nan), statistics
+
+
+def cispo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_high: float,
+    clip_low: float | None = None,
+) -> Surrogate:
+    """Return CISPO's loss (MiniMax-M1, arXiv:2506.13585, eq. 4): the weight is clipped, no token loses its gradient.
+
+        loss_t = -stopgrad(clamp(r, clip_low, clip_high)) A_t logprob_t
+
+    Args:
+        logprobs: [B, T] floating, of the current policy.
+        old_logprobs: [B, T], of the policy that sampled.
+        advantages: [B, T], [B, 1] or [B].
+        clip_high: the bound on r itself, not a distance from 1 (the paper's 1 + eps_high); greater than 0.
+        clip_low: likewise the lower bound itself, in [0, clip_high]; None: none, as in the paper's experiments.
+
+    Returns:
+        loss [B, T], and `ratio`, `clip_ratio/low`, `clip_ratio/high` (where the bound acts, whatever A's sign),
+        `clip_ratio/region`.
+
+    Raises:
+        ValueError: for a bound outside its range.
+    """
+    if not clip_high > 0.0:
+        raise ValueError(f"clip_high is CISPO's bound on the ratio itself and must be greater than 0, got {clip_high}")
+    if clip_low is not None and not 0.0 <= clip_low <= clip_high:
+        raise ValueError(
+            f"clip_low is CISPO's lower bound on the ratio itself and must be between 0 and clip_high = {clip_high}, "
+            f"or None for none, got {clip_low}"
+        )
+    advantages = _per_token(advantages, logprobs)
+    log_ratio, sound = _log_ratio(logprobs, old_logprobs, advantages)
+    ratio = log_ratio.detach().exp()
+    weight = torch.where(sound, advantages, 0.0) * ratio.clamp(clip_low, clip_high)
+    loss = -weight * torch.where(sound, logprobs, 0.0)
+    low = ratio < clip_low if clip_low is not None else torch.zeros_like(sound)
+    high = ratio > clip_high
+    return torch.where(sound, loss, torch.nan), _statistics(ratio, sound, low, high)
+
+
+def sequence_ratio(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Surrogate:
+    """Return GSPO's loss (arXiv:2507.18071, eq. 5): one ratio for the sequence, the geometric mean of its tokens'.
+
+        s = exp(sum_t m_t (logprob_t - old_logprob_t) / max(1, sum_t m_t))
+        loss_t = -min(s A_t, clamp(s, 1 - clip_low, 1 + clip_high) A_t)      at every token of the sequence
+
+    With one advantage a completion, `sequence_mean` of this is the paper's objective.
+
+    Args:
+        logprobs: [B, T] floating, of the current policy.
+        old_logprobs: [B, T], of the policy that sampled.
+        advantages: [B, T], [B, 1] or [B].
+        mask: [B, T] bool or float; outside it nothing enters s.
+        clip_low, clip_high: distances from 1; the paper takes 3e-4 and 4e-4, since s varies far less than r.
+
+    Returns:
+        loss [B, T], 0 outside the mask, and `ratio` (s at every token), `clip_ratio/low`, `clip_ratio/high`,
+        `clip_ratio/region`.
+
+    Raises:
+        ValueError: for a bound outside its range.
+    """
+    _check_clip(clip_low, clip_high)
+    counted = as_bool(mask, logprobs)
+    advantages = zero_outside(_per_token(advantages, logprobs), counted)
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
+    log_ratio = zero_outside(logprobs - old_logprobs.detach(), counted)
+    log_sequence_ratio = log_ratio.sum(-1, keepdim=True) / counted.sum(-1, keepdim=True).clamp(min=1)
+    ratio = log_sequence_ratio.exp().expand_as(logprobs)
+    gain = torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
+    return zero_outside(-gain, counted), _clip_statistics(ratio, advantages, counted, clip_low, clip_high)
+
+
+def value_clipped(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Surrogate:
+    """Return PPO's value loss: the larger of the plain and the clipped squared error, times 1/2.
+
+        loss_t = max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2
+
+    From OpenAI's baselines (ppo2), not in the PPO paper; TRL's PPO is the same, with its 1/2.
+
+    Args:
+        values: [B, T] floating, of the current critic.
+        old_values: [B, T], of the critic at sampling time.
+        returns: [B, T], the targets (`gae`'s second result).
+        clip: how far a value may move, in units of the reward; greater than 0, inf for no clipping.
+
+    Returns:
+        loss [B, T], and `val/clipfrac` (1 where the clipped error is the larger).
+
+    Raises:
+        ValueError: for a clip that is not positive.
+    """
+    if not clip > 0.0:
+        raise ValueError(f"clip must be greater than 0 (0.2 in PPO, inf for no clipping), got {clip}")
+    require_same_shape(values=values, old_values=old_values, returns=returns)
+    sound = values.isfinite() & old_values.isfinite() & returns.isfinite()
+    values, old, target = (torch.where(sound, x, 0.0) for x in (values, old_values.detach(), returns.detach()))
+    plain = (values - target).square()
+    bounded = (values.clamp(old - clip, old + clip) - target).square()
+    statistics = {"val/clipfrac": _indicator(bounded > plain, values)}
+    return torch.where(sound, 0.5 * torch.maximum(plain, bounded), torch.nan), statistics
+
+
+def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
+    """Return detached advantages [B, T] from [B, T], [B, 1] or [B]."""
+    shaped = advantages.detach()[:, None] if advantages.dim() == 1 else advantages.detach()
+    if logprobs.dim() != 2 or shaped.shape not in (logprobs.shape, (logprobs.shape[0], 1)):
+        raise ValueError(
+            f"logprobs must be [B, T] and advantages [B, T], [B, 1] or [B], got {list(logprobs.shape)} and "
+            f"{list(advantages.shape)}"
+        )
+    return shaped.expand_as(logprobs)
+
+
+def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log r, 0 where anything is not finite, and where all is. An autograd nan times 0 would be nan."""
+    require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
+    log_ratio = logprobs - old_logprobs.detach()
+    sound = log_ratio.isfinite() & log_ratio.detach().exp().isfinite() & advantages.isfinite()
+    return torch.where(sound, log_ratio, 0.0), sound
+
+
+def _clip_statistics(
+    ratio: Tensor, advantages: Tensor, sound: Tensor, clip_low: float, clip_high: float
+) -> dict[str, Tensor]:
+    """Return the statistics of a clipped ratio: the clip counts where it takes the gradient away."""
+    low = (ratio < 1.0 - clip_low) & (advantages < 0)
+    high = (ratio > 1.0 + clip_high) & (advantages > 0)
+    return _statistics(ratio, sound, low, high)
+
+
+def _statistics(ratio: Tensor, sound: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """Return detached [B, T] statistics; the ratio is nan where it is not sound."""
+    return {
+        "ratio": torch.where(sound, ratio.detach(), torch.nan),
+        "clip_ratio/low": _indicator(low, ratio),
+        "clip_ratio/high": _indicator(high, ratio),
+        "clip_ratio/region": _indicator(low | high, ratio),
+    }
+
+
+def _indicator(condition: Tensor, like: Tensor) -> Tensor:
+    """Return 1 where the condition holds and 0 elsewhere, in `like`'s dtype."""
+    return condition.to(like.dtype)
+
+
+def _check_clip(clip_low: float, clip_high: float) -> None:
+    """Refuse clip distances that are not distances from 1."""
+    if not 0.0 <= clip_low <= 1.0:
+        raise ValueError(f"clip_low must be between 0 and 1, the ratio is bounded by 1 - clip_low, got {clip_low}")
+    if not clip_high >= 0.0:
+        raise ValueError(f"clip_high must be at least 0, the ratio is bounded by 1 + clip_high, got {clip_high}")

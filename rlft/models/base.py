@@ -1,0 +1,81 @@
+"""The one contract that every policy fills; the trainer and the rollout engine know a model only through it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens, as a model's attention layers meet them (`rlft/rollout/cache.py`)."""
+
+    def mask(self, num_new: int) -> Tensor | None:
+        """Return what `num_new` new tokens may attend to: bool `[B or 1, 1, num_new, slots]`, True where they may.
+
+        `None` means plain causal attention among the new tokens, or, for a single new token, everything there is.
+        Called once for each forward, before any `extend`.
+        """
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values `[B, H, num_new, D]`; return those of all slots, old and new."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a preallocated cache must hold: layers, key/value heads, and the width of a head."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class CausalLM(nn.Module, ABC):
+    """A causal language model split at its head: `forward` gives hidden states, `head_weight` turns them into logits.
+
+    The split lets the head be applied to completion positions only and in chunks, so `[B, T, V]` is never held.
+    """
+
+    vocab_size: int
+    context_length: int  # the largest number of positions, prompt and completion together
+    cache_shape: CacheShape
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Return the hidden states before the head, `[B, T, C]`, for `input_ids` `[B, T]` int64.
+
+        `positions` is int64 `[B, T]` (or `[1, T]`), 0, 1, 2, … in each row by default. Rows are right-padded: causal
+        attention keeps what is after a row's end from its tokens, so no padding mask is needed.
+        """
+
+    @property
+    @abstractmethod
+    def head_weight(self) -> Tensor:
+        """The output embedding `[V, C]`: logits are `hidden @ head_weight.T`."""
+
+    @abstractmethod
+    def config_dict(self) -> dict:
+        """The plain values from which the same architecture is built again; stored beside every checkpoint."""
+
+    @abstractmethod
+    def save_hf(self, directory: str | Path) -> None:
+        """Write config and weights in Hugging Face format, so that `AutoModelForCausalLM` gives the same logits."""
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def configure_optimizers(
+        self, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
+    ) -> torch.optim.AdamW:
+        """Return AdamW with decay for matrices and embeddings and none for biases and norms, fused where available."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)

@@ -1,0 +1,229 @@
+"""GPT-2 from scratch (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019).
+
+Learned positions, pre-norm blocks, tanh GELU, and a head tied to the token embedding. Modules keep the published names
+(`wte`, `wpe`, `c_attn`, `c_proj`, `ln_f`). It differs from the published code in two ways: projections are `nn.Linear`,
+so Conv1D weights are transposed on their way in and out, and dropout is off by default (an RL update with dropout
+scores another policy than the one that sampled).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlft.counted import generator
+from rlft.errors import CheckpointError, ConfigError
+from rlft.models.base import Cache, CacheShape, CausalLM
+from rlft.models.files import read_weights
+
+# Published Conv1D weights are [in, out]; nn.Linear holds [out, in].
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The sizes of a GPT-2; the defaults are the 124 M model's."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"model.n_embd={self.n_embd} must be a multiple of model.n_head={self.n_head}: each head is "
+                f"n_embd / n_head wide"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}")
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        dropout = self.dropout if self.training else 0.0
+        is_causal = mask is None and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(CausalLM):
+    """GPT-2 with fresh weights: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0."""
+
+    def __init__(self, config: GPT2Config, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size, self.context_length = config.vocab_size, config.n_positions
+        self.cache_shape = CacheShape(config.n_layer, config.n_head, config.n_embd // config.n_head)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self._initialise(seed)
+
+    @classmethod
+    def from_config(
+        cls,
+        *,
+        vocab_size: int,
+        n_positions: int,
+        n_embd: int,
+        n_layer: int,
+        n_head: int,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> GPT2:
+        """Build a GPT-2 with fresh weights from plain sizes (the fields of `GPT2Config`)."""
+        config = GPT2Config(vocab_size, n_positions, n_embd, n_layer, n_head, dropout)
+        return cls(config, seed=seed)  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, path: str, *, dropout: float = 0.0) -> GPT2:
+        """Load weights from a hub name, a Hugging Face directory (safetensors), or one of our checkpoints.
+
+        Every key and every shape is checked; mask buffers of old exports are left out. Weights become float32.
+        Raises `ConfigError` where nothing is found, `CheckpointError` where keys or shapes do not fit.
+        """
+        config, weights = read_weights(path)
+        if "model_type" in config:
+            if config["model_type"] != "gpt2":
+                raise ConfigError(f"model.path={path} holds a '{config['model_type']}', not a GPT-2")
+            config, weights = _from_hf(config, weights, path)
+        model = cls(GPT2Config(**(config | {"dropout": dropout})))
+        _load_checked(model, weights, path)
+        return model
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.wte.weight
+
+    def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        T = input_ids.shape[1]
+        if positions is None:
+            if T > self.context_length:
+                raise ValueError(f"{T} tokens do not fit the model's {self.context_length} positions")
+            positions = torch.arange(T, device=input_ids.device)[None]
+        x = F.dropout(self.wte(input_ids) + self.wpe(positions), self.config.dropout, self.training)
+        mask = cache.mask(T) if cache is not None else None
+        for block in self.h:
+            x = block(x, mask, cache)
+        return self.ln_f(x)
+
+    def config_dict(self) -> dict:
+        return asdict(self.config)
+
+    def save_hf(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {}
+        for name, tensor in self.state_dict().items():
+            tensor = tensor.detach().cpu()
+            weights[f"transformer.{name}"] = (tensor.t() if name.endswith(_TRANSPOSED) else tensor).contiguous()
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        c = self.config
+        dtype = str(self.wte.weight.dtype).removeprefix("torch.")
+        config = {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+            "vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_embd": c.n_embd, "n_layer": c.n_layer,
+            "n_head": c.n_head, "layer_norm_epsilon": c.layer_norm_epsilon, "resid_pdrop": c.dropout,
+            "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "initializer_range": 0.02,
+            "tie_word_embeddings": True, "dtype": dtype, "bos_token_id": None, "eos_token_id": None,
+        }  # fmt: skip
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def _initialise(self, seed: int) -> None:
+        # One NumPy stream for each parameter, so that weights depend on (seed, name, shape) and on nothing global.
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.dim() >= 2:
+                    std = residual_std if name.endswith("c_proj.weight") else 0.02
+                    noise = generator(seed, f"init/{name}").standard_normal(parameter.shape)
+                    parameter.copy_(torch.from_numpy(noise) * std)
+                elif name.endswith("bias"):
+                    parameter.zero_()
+
+
+def _from_hf(config: dict, weights: dict[str, Tensor], path: str) -> tuple[dict, dict[str, Tensor]]:
+    """Translate a Hugging Face GPT-2 to our sizes and names."""
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise ConfigError(f"this GPT-2 uses activation '{activation}'; only tanh GELU ('gelu_new') is implemented")
+    inner = config.get("n_inner")
+    is_scaled_otherwise = config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True)
+    if inner not in (None, 4 * config["n_embd"]) or is_scaled_otherwise:
+        raise ConfigError("only the published GPT-2 is implemented: n_inner = 4 n_embd, attention scaled by 1/sqrt(d)")
+    sizes = {k: config[k] for k in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    sizes["layer_norm_epsilon"] = config.get("layer_norm_epsilon", 1e-5)
+    ours = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("transformer.")
+        if not name.endswith(_MASK_BUFFERS):
+            ours[name] = tensor.t() if name.endswith(_TRANSPOSED) else tensor
+    head = ours.pop("lm_head.weight", None)
+    if head is not None and "wte.weight" in ours and not torch.equal(head, ours["wte.weight"]):
+        raise CheckpointError(f"model.path={path}: lm_head.weight differs from wte.weight; this GPT-2's head is tied")
+    return sizes, ours
+
+
+def _load_checked(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unknown:
+        raise CheckpointError(f"{path}: weights do not fit: missing {missing[:5]}, unknown {unknown[:5]}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensor.shape)}, the model needs {list(expected[name].shape)}"
+            )
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})

@@ -1,0 +1,78 @@
+"""The policy with its log-probability head, as one module: a micro-batch is one forward, whatever it needs inside.
+
+DDP and FSDP hook a module's forward. Wrapping policy and head together lets them see a single call, although a prompt
+and its completions are two passes through the policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rlft.functional.logprobs import token_logprobs
+from rlft.models.base import CausalLM
+from rlft.rollout.cache import PrefixCache
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B completions of P prompts, both right-padded; several rows may share a prompt."""
+
+    prompt_ids: Tensor  # [P, S] int64
+    prompt_lengths: Tensor  # [P] int64, at least 1
+    prompt_of_row: Tensor  # [B] int64
+    completion_ids: Tensor  # [B, T] int64
+    completion_mask: Tensor  # [B, T] bool, True where a token counts (the end token does, what follows does not)
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-token results for the completion tokens; 0 outside the mask."""
+
+    logprobs: Tensor  # [B, T] log pi(token | what is before it), at the given temperature
+    entropy: Tensor  # [B, T] nats, of the whole next-token distribution
+    hidden: Tensor  # [N, C] the hidden states that predict the N counted tokens, row by row
+
+
+class Scorer(nn.Module):
+    """Scores completions: each prompt is forwarded once, and its completions attend to its keys and values."""
+
+    def __init__(self, policy: CausalLM) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, rows: Rows, *, temperature: float = 1.0, entropy_grad: bool = False) -> Scores:
+        hidden = self._predictors(rows)[rows.completion_mask]  # [N, C]
+        ids = rows.completion_ids[rows.completion_mask]
+        logprobs, entropy = token_logprobs(
+            hidden, self.policy.head_weight, ids, temperature=temperature, entropy_grad=entropy_grad
+        )
+        return Scores(_scatter(logprobs, rows.completion_mask), _scatter(entropy, rows.completion_mask), hidden)
+
+    def _predictors(self, rows: Rows) -> Tensor:
+        """Return `[B, T, C]`: the hidden state that predicts each completion token."""
+        num_slots, num_new = rows.prompt_ids.shape[1], rows.completion_ids.shape[1] - 1
+        if num_slots == 1 and len(rows.prompt_ids) == len(rows.completion_ids):
+            # One token of context for each row, none shared (plain text): a single causal pass over the whole row.
+            first = rows.prompt_ids[rows.prompt_of_row]
+            return self.policy(torch.cat([first, rows.completion_ids[:, :-1]], dim=1))
+        prefix = PrefixCache(rows.prompt_lengths)
+        hidden = self.policy(rows.prompt_ids, cache=prefix)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), rows.prompt_lengths - 1]  # [P, C]
+        first = last.index_select(0, rows.prompt_of_row)[:, None]
+        if num_new == 0:
+            return first
+        positions = rows.prompt_lengths[rows.prompt_of_row, None] + torch.arange(num_new, device=hidden.device)
+        # Padding after a completion's end would run past the last position; what it computes is never read.
+        positions = positions.clamp(max=self.policy.context_length - 1)
+        expanded = prefix.expand(rows.prompt_of_row)
+        return torch.cat([first, self.policy(rows.completion_ids[:, :-1], positions=positions, cache=expanded)], dim=1)
+
+
+def _scatter(x: Tensor, mask: Tensor) -> Tensor:
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)

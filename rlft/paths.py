@@ -1,0 +1,45 @@
+"""What a `path` setting names: a directory inside an installed package, a local path, or a name on the hub."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+from rlft.errors import ConfigError
+
+PACKAGE = "package:"
+
+
+def resolve(path: str) -> Path | str:
+    """Return an existing local `Path`, or `path` itself where it can only be a name on the Hugging Face hub.
+
+    `package:rlft/assets/tiny` is `assets/tiny` inside the installed package `rlft`. What exists on disk is a local
+    path, and so is what is written like one (`/…`, `./…`, `../…`, `~…`, or with two slashes): the latter must exist.
+
+    Raises `ConfigError` if the package, or the file or directory, does not exist.
+    """
+    if path.startswith(PACKAGE):
+        return _inside_package(path)
+    local = Path(path).expanduser()
+    if path and local.exists():
+        return local
+    if not path or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ConfigError(
+            f"path={path!r}: there is no such file or directory (looked at {local.absolute()}); "
+            f"give an existing directory, 'package:<package>/<directory>', or a hub name such as 'gpt2'"
+        )
+    return path
+
+
+def _inside_package(path: str) -> Path:
+    package, _, inner = path.removeprefix(PACKAGE).partition("/")
+    try:
+        root = importlib.resources.files(package)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise ConfigError(
+            f"path={path!r}: the package {package!r} is not installed; write 'package:<package>/<directory>'"
+        ) from error
+    found = Path(str(root.joinpath(inner)))
+    if not found.exists():
+        raise ConfigError(f"path={path!r}: the package {package!r} holds no {inner!r} (looked at {found})")
+    return found

@@ -1,0 +1,205 @@
+"""The weighted sum of rewards, with each reward's result checked and its time limited.
+
+The sum follows TRL's `GRPOTrainer` (None is not counted, as by `nansum`) but for one case: a completion that no reward
+counts gets nan here, not 0, so that it can be left out instead of being trained towards.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlft.errors import ConfigError, DataError, RewardError, nearest
+
+OWN_KEYWORDS = ("prompts", "completions", "completion_ids")
+LARGEST = float(torch.finfo(torch.float32).max)
+
+
+@dataclass
+class RewardOutput:
+    """What `RewardSum` returns, on the CPU.
+
+    total: `[B]` float32, sum over i of weight_i * reward_i; nan where no reward counts (the caller leaves the row out).
+    components: name -> `[B]` float32, each reward before its weight; nan where it returned None.
+    """
+
+    total: torch.Tensor
+    components: dict[str, torch.Tensor]
+
+
+class RewardSum:
+    """`total = sum_i weight_i * reward_i` over the rewards that are not None, added in float64, kept in float32.
+
+    A reward of weight 0 is computed and logged and decides nothing: a row that only such rewards count is nan, as if
+    they were not there (unless all weights are 0).
+    """
+
+    def __init__(
+        self, rewards: Mapping[str, Callable[..., Any]], *, weights: Mapping[str, float], timeouts: Mapping[str, float]
+    ) -> None:
+        """Arguments, all with the same names as keys:
+
+        rewards: callables with TRL's signature.
+        weights: finite numbers.
+        timeouts: seconds that one call (over all B completions) may take.
+
+        Raises `ConfigError` if a name is missing or unknown, or a value is not allowed.
+        """
+        if not rewards:
+            raise ConfigError("no reward is given; name at least one, such as reward=sentiment")
+        for name, reward in rewards.items():
+            if not callable(reward):
+                raise ConfigError(f"reward.{name} is a {type(reward).__name__}, which cannot be called")
+        _check_names("weight", weights, rewards)
+        _check_names("timeout", timeouts, rewards)
+        for name, weight in weights.items():
+            if not _is_number(weight) or not math.isfinite(weight):
+                raise ConfigError(f"reward.{name}.weight={weight!r} must be a finite number")
+        for name, seconds in timeouts.items():
+            if not _is_number(seconds) or not 0 < seconds <= threading.TIMEOUT_MAX:
+                raise ConfigError(
+                    f"reward.{name}.timeout={seconds!r} must be a number of seconds above 0 "
+                    f"(at most {threading.TIMEOUT_MAX:.0f}); for no limit in practice, give a day, 86400"
+                )
+        self.rewards = dict(rewards)
+        self.weights = {name: float(weights[name]) for name in rewards}
+        self.timeouts = {name: float(timeouts[name]) for name in rewards}
+
+    def __call__(
+        self, *, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list]
+    ) -> RewardOutput:
+        """Score B completions.
+
+        Arguments:
+            prompts, completions: B strings each.
+            completion_ids: B lists of token ids, a generated end token included.
+            columns: the other columns of the data, B values each; every reward gets them as keywords.
+
+        Raises `RewardError`, which names the reward and the row, if a reward raises, takes too long, or returns another
+        number of values than B or a value that is neither None nor a finite number; `DataError` for a column named as
+        one of the three lists; `ValueError` if the arguments' lengths differ.
+        """
+        _check_lengths(completions, {"prompts": prompts, "completion_ids": completion_ids, **columns}, columns)
+        rows = []
+        for name, reward in self.rewards.items():
+            arguments = {  # copies: a reward that sorts or edits its lists must not change what the next one sees
+                "prompts": list(prompts),
+                "completions": list(completions),
+                "completion_ids": [list(ids) for ids in completion_ids],
+                **{column: list(values) for column, values in columns.items()},
+            }
+            returned = _call(name, reward, arguments, self.timeouts[name]) if completions else []
+            rows.append(_checked(name, returned, completions))
+        values = torch.tensor(rows, dtype=torch.float64)  # [R, B]
+        weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)[:, None]
+        counted = ~values.isnan()
+        total = torch.where(counted, weights * values, 0.0).sum(0)
+        decides = (weights != 0) | (weights == 0).all()
+        total[~(counted & decides).any(0)] = math.nan
+        return RewardOutput(total.float(), dict(zip(self.rewards, values.float(), strict=True)))
+
+
+def _call(name: str, reward: Callable[..., Any], arguments: dict[str, Any], seconds: float) -> Any:
+    """Return `reward(**arguments)`, run in a daemon thread so that a call that hangs can be left behind."""
+    future: Future[Any] = Future()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def work() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)  # the current device is each thread's own; the default is 0
+            future.set_result(reward(**arguments))
+        except BaseException as error:  # SystemExit too: the caller waits for an answer
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=f"reward {name}", daemon=True).start()
+    try:
+        failure = future.exception(timeout=seconds)
+    except TimeoutError:
+        raise RewardError(
+            f"reward {name!r} took longer than {seconds:g} s for {len(arguments['completions'])} completions. A Python "
+            f"call cannot be killed, so it is left running in its thread until the process ends. Make it faster, or "
+            f"raise reward.{name}.timeout (seconds a call)"
+        ) from None
+    if failure is None:
+        return future.result()
+    if isinstance(failure, RewardError):
+        raise RewardError(f"reward {name!r}: {failure}") from failure
+    raise RewardError(f"reward {name!r} raised {type(failure).__name__}: {failure} {_place(failure, arguments)}") from (
+        failure
+    )
+
+
+def _place(failure: BaseException, arguments: dict[str, Any]) -> str:
+    """Return where in the reward `failure` was raised or, if the call itself was refused, how rewards are called."""
+    frames = traceback.extract_tb(failure.__traceback__)
+    if len(frames) > 1:  # the first is `work` above
+        return f"(in {frames[-1].filename}:{frames[-1].lineno})"
+    return f"(it is called with the keywords {', '.join(arguments)}; a **kwargs takes those that it does not use)"
+
+
+def _checked(name: str, returned: Any, completions: list[str]) -> list[float]:
+    """Return the B values that reward `name` returned as floats, None as nan."""
+    if isinstance(returned, (torch.Tensor, np.ndarray)):
+        returned = returned.tolist()
+    if not isinstance(returned, (list, tuple)):
+        raise RewardError(
+            f"reward {name!r} returned a {type(returned).__name__}; it must return a list with one float or None for "
+            f"each of the {len(completions)} completions"
+        )
+    if len(returned) != len(completions):
+        raise RewardError(f"reward {name!r} returned {len(returned)} values for {len(completions)} completions")
+    values = []
+    for row, value in enumerate(returned):
+        if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and value.ndim == 0):
+            value = value.item()
+        if value is None:
+            values.append(math.nan)
+        elif _is_real(value) and abs(value) <= LARGEST:  # false for nan
+            values.append(float(value))
+        else:
+            raise RewardError(
+                f"reward {name!r} gave row {row} {_short(value)}, which is not a finite float32 number; return None "
+                f"for a completion that is not to be counted. The completion was {_short(completions[row])}"
+            )
+    return values
+
+
+def _check_names(what: str, given: Mapping[str, Any], rewards: Mapping[str, Any]) -> None:
+    for name in given:
+        if name not in rewards:
+            raise ConfigError(f"a {what} is given for {name!r}, which is no reward{nearest(name, rewards)}")
+    for name in rewards:
+        if name not in given:
+            raise ConfigError(f"reward {name!r} has no {what}; set reward.{name}.{what}")
+
+
+def _check_lengths(completions: list[str], lists: Mapping[str, list], columns: Iterable[str]) -> None:
+    for column in columns:
+        if column in OWN_KEYWORDS:
+            raise DataError(f"the data's column {column!r} has the name of a reward's own argument; rename the column")
+    for key, values in lists.items():
+        if len(values) != len(completions):
+            raise ValueError(f"{key} has {len(values)} values for {len(completions)} completions")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real)  # bool too: a verifier says True
+
+
+def _is_number(value: Any) -> bool:
+    return _is_real(value) and not isinstance(value, bool)
+
+
+def _short(value: Any, width: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,164 @@
+"""One job from start to exit code: run directory, lock, signals, plan, training, the final policy and summary."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+
+import yaml
+
+from rlft import build
+from rlft.config import RootConfig
+from rlft.errors import ConfigError, RunDirectoryError
+from rlft.trainer.progress import Progress
+from rlft.trainer.trainer import Trainer
+
+EXIT_DONE, EXIT_STOPPED = 0, 75
+_MAY_CHANGE = {"resume", "dry_run", "run_dir", "steps", "max_minutes", "max_tokens", "log_every", "keep", "tracker"}
+_PACKAGES = ("torch", "transformers", "accelerate", "numpy", "hydra-core", "tokenizers")
+
+
+def run(config: RootConfig) -> int:
+    """Run one job and return its exit code; raises an `RlftError` (which has one) where it cannot be done."""
+    run_dir = _run_dir(config)
+    if config.dry_run:
+        job = build.build(config)
+        with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
+            progress.plan(_plan(config, job, run_dir))
+        return EXIT_DONE
+    with _locked(run_dir), _signals() as stop:
+        _start(run_dir, config)
+        job = build.build(config)
+        with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
+            progress.plan(_plan(config, job, run_dir))
+            trainer = build.trainer(job, config, run_dir=run_dir, progress=progress)
+            trainer.resume()
+            resume_step = trainer.state.step if config.resume else None
+            job.tracker.start(run_dir=run_dir, config=asdict(config), name=run_dir.name, resume_step=resume_step)
+            reason = trainer.train(should_stop=lambda: bool(stop))
+        if reason == "signal":
+            job.tracker.close(summary={})
+            print(f"rlft: stopped by a signal at step {trainer.state.step}; go on with run_dir={run_dir} resume=true")
+            return EXIT_STOPPED
+        _finish(run_dir, config, job, trainer, reason)
+    return EXIT_DONE
+
+
+def _plan(config: RootConfig, job: build.Job, run_dir: Path) -> list[tuple[str, str]]:
+    return [
+        ("run directory", str(run_dir)),
+        ("device", f"{job.accelerator.device}, {job.accelerator.num_processes} process(es)"),
+        ("policy", f"{type(job.policy).__name__}, {job.policy.num_parameters():,} parameters"),
+        *job.algorithm.plan(),
+        ("ends after", f"{config.steps:,} optimizer steps"),
+    ]
+
+
+def _run_dir(config: RootConfig) -> Path:
+    if config.run_dir is not None:
+        return Path(config.run_dir).resolve()
+    if config.resume:
+        raise ConfigError("resume=true needs run_dir=PATH, the run to go on with")
+    base = Path("outputs") / config.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-s{config.seed}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path.resolve()
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory for this process; the lock goes with the process, however that ends."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a")
+    except OSError as error:
+        raise RunDirectoryError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunDirectoryError(f"run_dir={run_dir} is in use by another process") from error
+        yield
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT, so that the run stops with a checkpoint; a second one ends it at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(run_dir: Path, config: RootConfig) -> None:
+    """Write config.yaml, or, where the directory holds a run, check that this one may go on with it."""
+    path = run_dir / "config.yaml"
+    values = json.loads(json.dumps(asdict(config)))  # tuples to lists
+    if not path.exists():
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return
+    if not config.resume:
+        raise RunDirectoryError(f"run_dir={run_dir} holds a run; give another one, or go on with it by resume=true")
+    before = yaml.safe_load(path.read_text())
+    changed = [key for key in values if values[key] != before.get(key) and key not in _MAY_CHANGE]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"resume=true with another {key} than the run in {run_dir} ({values[key]!r}, was {before.get(key)!r}); "
+            f"a resumed run may change only {', '.join(sorted(_MAY_CHANGE))}"
+        )
+
+
+def _finish(run_dir: Path, config: RootConfig, job: build.Job, trainer: Trainer, reason: str) -> None:
+    """Export the final policy and write summary.json."""
+    job.policy.save_hf(run_dir / "model")
+    job.tokenizer.save(run_dir / "model")
+    state = trainer.state
+    summary = {
+        "exit_reason": reason,
+        "steps": state.step,
+        "num_tokens": state.num_tokens,
+        "seconds": round(state.seconds, 1),
+        "evaluation": {"before": state.before, "after": state.after},
+        "best": {"step": state.best_step, trainer.algorithm.objective[0]: state.best_value},
+        "seed": config.seed,
+        "commit": _commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("rlft", *_PACKAGES)},
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, {job.accelerator.device}",
+    }
+    temporary = run_dir / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(temporary, run_dir / "summary.json")
+    job.tracker.close(summary=summary)
+    print(f"rlft: done ({reason}): {run_dir}")
+
+
+def _commit() -> str | None:
+    """Return the source's git commit, with -dirty where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None

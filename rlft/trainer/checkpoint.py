@@ -1,0 +1,149 @@
+"""Checkpoints that are complete or absent.
+
+A checkpoint is written into a temporary directory, each file is fsynced, a manifest with sizes and SHA-256 sums comes
+last, then the directory is renamed into place and its parent fsynced; older ones go only after that. A kill at any
+moment leaves the previous checkpoint or the new one. Weights and optimizer state are safetensors, the rest is JSON:
+nothing pickled is ever written or loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlft.errors import CheckpointError
+from rlft.models.base import CausalLM
+from rlft.models.files import CONFIG_KEY
+
+_PREFIX = "step_"
+
+
+class Checkpoints:
+    """The checkpoints of one run: `keep` newest ones, and the best one."""
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        self.directory, self.keep = directory, keep
+
+    def save(
+        self, step: int, policy: CausalLM, optimizer: torch.optim.Optimizer, state: dict, *, best_step: int | None
+    ) -> Path:
+        """Write `step_<step>` whole, then drop those that are neither among the newest nor the best."""
+        final = self.directory / f"{_PREFIX}{step:08d}"
+        temporary = self.directory / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        weights = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
+        save_file(weights, temporary / "policy.safetensors", metadata={CONFIG_KEY: json.dumps(policy.config_dict())})
+        save_file(_flatten(optimizer.state_dict()["state"]), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
+        manifest = {}
+        for path in sorted(temporary.iterdir()):
+            _fsync(path)
+            manifest[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _fsync(temporary / "manifest.json")
+        _fsync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _fsync(self.directory)
+        self._drop_old(best_step)
+        return final
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a checkpoint, in ascending order."""
+        found = self.directory.glob(f"{_PREFIX}*")
+        return sorted(int(path.name.removeprefix(_PREFIX)) for path in found if path.name[len(_PREFIX) :].isdigit())
+
+    def load(self, step: int, policy: CausalLM, optimizer: torch.optim.Optimizer | None = None) -> dict:
+        """Load a verified checkpoint into `policy` and `optimizer` and return its state.
+
+        Raises `CheckpointError` where a file is missing, has another size or sum, or does not fit the model.
+        """
+        path = self.directory / f"{_PREFIX}{step:08d}"
+        verify(path)
+        _check_config(path, policy)
+        try:
+            weights = load_file(path / "policy.safetensors")
+            policy.load_state_dict(weights)
+            if optimizer is not None:
+                _restore(optimizer, load_file(path / "optimizer.safetensors"), path)
+        except (RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{path} does not fit the configured model: {error}") from error
+        return json.loads((path / "state.json").read_text())
+
+    def _drop_old(self, best_step: int | None) -> None:
+        steps = self.steps()
+        for step in steps[: -self.keep]:
+            if step != best_step:
+                shutil.rmtree(self.directory / f"{_PREFIX}{step:08d}")
+        for leftover in self.directory.glob(f".{_PREFIX}*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def verify(path: Path) -> None:
+    """Check a checkpoint directory against its manifest; raises `CheckpointError` naming the file that is wrong."""
+    manifest_path = path / "manifest.json"
+    if not manifest_path.is_file():
+        raise CheckpointError(f"{path} has no manifest.json: it is not a complete checkpoint")
+    try:
+        manifest = {name: (one["size"], one["sha256"]) for name, one in json.loads(manifest_path.read_text()).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{manifest_path} is damaged ({error}). Delete {path} to resume from the checkpoint before it"
+        ) from error
+    for name, (size, sha256) in manifest.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != sha256:
+            raise CheckpointError(
+                f"{file} is missing or damaged (size or SHA-256 differ from the manifest). Delete {path} to resume "
+                f"from the checkpoint before it"
+            )
+
+
+def _check_config(path: Path, policy: CausalLM) -> None:
+    """Refuse the checkpoint of another architecture, also where all shapes agree (GPT-2's n_head is in none)."""
+    with safe_open(path / "policy.safetensors", framework="pt") as file:
+        saved = json.loads(file.metadata()[CONFIG_KEY])
+    ours = json.loads(json.dumps(policy.config_dict()))
+    if saved != ours:
+        differ = [f"{k}={saved.get(k)} (configured: {v})" for k, v in ours.items() if saved.get(k) != v]
+        raise CheckpointError(f"{path} does not fit the configured model: it has {', '.join(differ) or saved}")
+
+
+def _flatten(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{i}.{key}": value.contiguous() for i, entry in state.items() for key, value in entry.items()}
+
+
+def _restore(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor], path: Path) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in flat.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        shapes = {k: t.shape for k, t in state.get(index, {}).items() if t.dim()}
+        if any(shape != parameter.shape for shape in shapes.values()):
+            raise CheckpointError(f"{path}: optimizer state {index} has shapes {shapes}, needs {list(parameter.shape)}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

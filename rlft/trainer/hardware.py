@@ -1,0 +1,49 @@
+"""Which device and precision a run uses, as one small object that makes the accelerator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from rlft.errors import ConfigError
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("no", "bf16")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Device and precision.
+
+    Arguments:
+        device: auto (a GPU where there is one), cpu or cuda.
+        mixed_precision: "no" (float32) or "bf16" (autocast over float32 weights).
+        num_threads: CPU threads, or None for torch's choice.
+        tf32: whether float32 matrix products on a GPU may use TF32.
+    """
+
+    device: str
+    mixed_precision: str
+    num_threads: int | None
+    tf32: bool
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ConfigError(f"hardware.device={self.device} is not one of {', '.join(DEVICES)}")
+        if self.mixed_precision not in PRECISIONS:
+            raise ConfigError(f"hardware.mixed_precision={self.mixed_precision} is not one of {', '.join(PRECISIONS)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("hardware.device=cuda, but torch sees no GPU; use hardware=cpu")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ConfigError(f"hardware.num_threads must be at least 1, got {self.num_threads}")
+
+    def accelerator(self) -> Accelerator:
+        """Return the accelerator; sets torch's thread count and TF32 mode, which are process-wide."""
+        if self.num_threads is not None:
+            torch.set_num_threads(self.num_threads)
+        torch.backends.cuda.matmul.allow_tf32 = self.tf32
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        is_cpu = self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available())
+        return Accelerator(cpu=is_cpu, mixed_precision=self.mixed_precision)

@@ -1,0 +1,116 @@
+"""Metrics: sums and counts over micro-batches and ranks, and the JSONL files that hold every row."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Means:
+    """Averages whose denominator is the number of counted entries in the whole batch, over micro-batches and ranks.
+
+    Sums are kept on the device, so that adding one does not wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+
+    def add(self, name: str, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add the entries of `x` where `mask` is true (all of them without a mask)."""
+        x = x.detach().double()
+        mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+        self._sums[name] = self._sums.get(name, 0.0) + torch.where(mask, x, 0.0).sum()
+        self._counts[name] = self._counts.get(name, 0.0) + mask.sum().double()
+
+    def add_max(self, name: str, x: Tensor, mask: Tensor | None = None) -> None:
+        """Keep the largest entry of `x` where `mask` is true (of all of them without a mask)."""
+        x = x.detach().double()
+        largest = x.max() if mask is None else torch.where(mask.bool(), x, -torch.inf).max()
+        self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return every mean and maximum over all ranks; a mean over nothing is left out."""
+        pairs = {name: torch.stack([total, self._counts[name]]) for name, total in self._sums.items()}
+        summed = {n: accelerator.reduce(pair.to(accelerator.device), reduction="sum") for n, pair in pairs.items()}
+        largest = {n: accelerator.gather(x[None].to(accelerator.device)).max() for n, x in self._maxima.items()}
+        return _as_row(summed, largest)
+
+    def local(self) -> dict[str, float]:
+        """Return this rank's means and maxima alone."""
+        return _as_row({n: torch.stack([s, self._counts[n]]) for n, s in self._sums.items()}, self._maxima)
+
+
+def _as_row(sums_and_counts: dict[str, Tensor], maxima: dict[str, Tensor]) -> dict[str, float]:
+    pairs = {name: pair.tolist() for name, pair in sums_and_counts.items()}
+    row = {name: total / count for name, (total, count) in pairs.items() if count > 0}
+    return row | {name: float(value) for name, value in maxima.items()}
+
+
+class Clock:
+    """Splits a step's wall time into named parts, in seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Return `time/<name>` for what was measured since the last call, and start again."""
+        taken = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        self.seconds = {}
+        return taken
+
+
+class JsonlFile:
+    """An append-only file of JSON rows, each with a `step`; a resumed run cuts it back to its checkpoint first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, row: dict) -> None:
+        """Append one row. Numbers that are not finite are written as null, so that any JSON reader takes the file."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows of later steps, and a last line that a kill left half written."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_bytes().split(b"\n"):  # str.splitlines would also cut at U+2028 inside a text
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                break
+            kept.append(line + b"\n")
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, self.path)
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with None for every float that is not finite, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,287 @@
+"""The loop: collect a batch, accumulate its loss over micro-batches, step, log, evaluate, save.
+
+No algorithm's name is in it. Online algorithms make their batch from prompts, rollout, rewards and advantages; offline
+ones read it from a data set; the rest of the line is this file.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from rlft.algos.base import Algorithm, Totals
+from rlft.errors import ConfigError, NonFiniteError
+from rlft.models.base import CausalLM
+from rlft.models.scorer import Scorer
+from rlft.trainer.batch import Batch
+from rlft.trainer.checkpoint import Checkpoints
+from rlft.trainer.metrics import Clock, JsonlFile, Means
+from rlft.trainer.progress import Progress
+from rlft.trainer.schedule import learning_rate
+from rlft.trainer.trackers import Tracker
+
+MAX_NON_FINITE_STEPS = 3  # in a row, before the run stops
+NUM_SHOWN_SAMPLES = 5  # on the screen; samples.jsonl holds them all
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The root settings that the loop reads; `conf/train.yaml` says what each means."""
+
+    seed: int
+    steps: int
+    max_minutes: float | None
+    max_tokens: int | None
+    micro_batch: int | None
+    micro_batch_tokens: int | None
+    learning_rate: float
+    final_learning_rate_fraction: float
+    warmup_steps: int
+    schedule: str
+    max_grad_norm: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eval_every: int
+    patience: int | None
+    save_every: int
+    keep: int
+    log_every: int
+
+
+@dataclass
+class TrainState:
+    """All that changes during a run beside weights, optimizer and algorithm; saved in every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    num_tokens: int = 0  # completion tokens trained on
+    seconds: float = 0.0  # over all starts of this run
+    non_finite: int = 0  # steps skipped, in all
+    non_finite_in_row: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    evals_since_best: int = 0
+    before: dict[str, float] = field(default_factory=dict)  # the evaluation of the untouched policy
+    after: dict[str, float] = field(default_factory=dict)  # the latest evaluation
+
+
+class Trainer:
+    """Trains `policy` by `algorithm` until the first limit, and can stop and go on at any step."""
+
+    def __init__(
+        self,
+        policy: CausalLM,
+        algorithm: Algorithm,
+        *,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        run_dir: Path,
+        tracker: Tracker,
+        progress: Progress,
+        clock: Clock,
+    ) -> None:
+        if settings.eval_every % algorithm.updates_per_batch:
+            raise ConfigError(
+                f"eval_every={settings.eval_every} must be a multiple of algo.updates_per_batch="
+                f"{algorithm.updates_per_batch}: checkpoints, and so the best policy, are taken between batches"
+            )
+        self.policy, self.algorithm, self.settings = policy, algorithm, settings
+        self.accelerator, self.tracker, self.progress, self.clock = accelerator, tracker, progress, clock
+        optimizer = policy.configure_optimizers(
+            learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
+        )
+        self.scorer, self.optimizer = accelerator.prepare(Scorer(policy), optimizer)
+        self.run_dir = run_dir
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.keep)
+        self.metrics_file, self.samples_file = (
+            JsonlFile(run_dir / "metrics.jsonl"),
+            JsonlFile(run_dir / "samples.jsonl"),
+        )
+        self.state = TrainState()
+        self.batch: Batch | None = None
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint; the rows that were logged after it are dropped and computed again."""
+        steps = self.checkpoints.steps()
+        step = steps[-1] if steps else 0
+        if steps:
+            saved = self.checkpoints.load(step, self.policy, self._inner_optimizer)
+            self.state = TrainState(**saved["trainer"])
+            self.algorithm.load_state_dict(saved["algorithm"])
+        for file in (self.metrics_file, self.samples_file):
+            file.truncate_after(step if steps else -1)
+
+    def train(self, should_stop: Callable[[], bool] = lambda: False) -> str:
+        """Run to the first limit and return why it ended: steps, max_minutes, max_tokens, early_stopping or signal."""
+        started = time.perf_counter() - self.state.seconds
+        if not self.state.before:
+            self.state.before = self._evaluate("before training")
+            self._log({"step": 0, **self.state.before, **self.clock.take()})
+            if self.settings.patience is not None:  # early stopping may come back to the untouched policy
+                self.save()
+        while (reason := self._ended()) is None:
+            row = self.step(self.state.step)
+            self.state.seconds = time.perf_counter() - started
+            is_last = self._ended() is not None
+            if is_last or self._is_due(self.settings.eval_every):
+                row |= self._evaluate(f"step {self.state.step}") | self.clock.take()
+            self._log(row | {"wall_time": self.state.seconds})
+            # A row is written before the checkpoint that counts it done: what follows a checkpoint is computed again.
+            is_whole = self.state.step % self.algorithm.updates_per_batch == 0
+            stop = is_whole and should_stop()
+            is_best = self.state.best_step == self.state.step
+            if is_whole and (is_last or stop or is_best or self._is_due(self.settings.save_every)):
+                self.save()
+            if stop and not is_last:
+                return "signal"
+        if reason == "early_stopping":
+            self.checkpoints.load(self.state.best_step, self.policy)
+            self.state.after = self._evaluate(f"the best policy, of step {self.state.best_step}")
+        return reason
+
+    def step(self, step: int) -> dict[str, float]:
+        """Take one optimizer step: batch, loss over micro-batches, clip, step; returns its metrics."""
+        began = time.perf_counter()
+        updates = self.algorithm.updates_per_batch
+        if self.batch is None or step % updates == 0:
+            self.batch = self.algorithm.collect(step // updates)
+            for sample in self.batch.samples:
+                self.samples_file.write({"step": step + 1} | sample)
+        with self.clock("update"):
+            means, loss = Means(), 0.0
+            totals = self._totals(self.batch)
+            micro_batches = list(
+                self.batch.micro_batches(
+                    max_rows=self.settings.micro_batch, max_tokens=self.settings.micro_batch_tokens
+                )
+            )
+            self.scorer.train()
+            for i, micro in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
+                with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
+                    share = self.algorithm.loss(self.scorer, micro, totals, means, update=step % updates)
+                    # Ranks average their gradients; a loss over global counts wants their sum.
+                    self.accelerator.backward(share * self.accelerator.num_processes)
+                loss += float(share.detach())
+            learning_rate_now = self._learning_rate(step)
+            grad_norm = self._update(loss, learning_rate_now)
+        self.state.step = step + 1
+        self.state.num_tokens += int(totals.num_tokens)
+        seconds = time.perf_counter() - began
+        total_loss = torch.tensor(loss, device=self.accelerator.device, dtype=torch.float64)
+        return {
+            "step": self.state.step,
+            "loss": float(self.accelerator.reduce(total_loss, reduction="sum")),
+            **self.batch.means.reduce(self.accelerator),
+            **means.reduce(self.accelerator),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate_now,
+            "num_tokens": self.state.num_tokens,
+            "non_finite_steps": self.state.non_finite,
+            "step_time": seconds,
+            "tokens_per_second": totals.num_tokens / seconds,
+            **self.clock.take(),
+        }
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the next step depends on."""
+        if self.accelerator.is_main_process and self.state.step not in self.checkpoints.steps():
+            state = {"trainer": vars(self.state).copy(), "algorithm": self.algorithm.state_dict()}
+            self.checkpoints.save(
+                self.state.step, self.policy, self._inner_optimizer, state, best_step=self.state.best_step
+            )
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer  # accelerate wraps the one that `configure_optimizers` made
+
+    def _learning_rate(self, step: int) -> float:
+        s = self.settings
+        return learning_rate(
+            step, peak=s.learning_rate, schedule=s.schedule, warmup_steps=s.warmup_steps, total_steps=s.steps,
+            final_fraction=s.final_learning_rate_fraction,
+        )  # fmt: skip
+
+    def _totals(self, batch: Batch) -> Totals:
+        counts = torch.tensor([batch.num_tokens, batch.num_rows], device=self.accelerator.device, dtype=torch.float64)
+        tokens, rows = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return Totals(num_tokens=tokens, num_sequences=rows)
+
+    def _update(self, loss: float, rate: float) -> float:
+        """Clip and step; a loss or gradient that is not finite skips the step, and three in a row stop the run."""
+        grad_norm = float(self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.settings.max_grad_norm))
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.state.non_finite_in_row = 0
+        else:
+            self._skip(loss, grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def _skip(self, loss: float, grad_norm: float) -> None:
+        assert self.batch is not None
+        self.state.non_finite += 1
+        self.state.non_finite_in_row += 1
+        path = self.run_dir / "non_finite_batch.safetensors"
+        tensors = vars(self.batch.rows) | self.batch.values
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        step = self.state.step + 1
+        self.progress.message(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; batch saved to {path}")
+        if self.state.non_finite_in_row >= MAX_NON_FINITE_STEPS:
+            raise NonFiniteError(
+                f"{MAX_NON_FINITE_STEPS} steps in a row (the last is {step}) had a loss or gradient that is not finite; "
+                f"the last batch is in {path}. A lower learning_rate or max_grad_norm may help"
+            )
+
+    def _evaluate(self, title: str) -> dict[str, float]:
+        """Evaluate the policy as it is, note whether it is the best so far, and show samples."""
+        self.scorer.eval()
+        with self.clock("eval"):
+            evaluation = self.algorithm.evaluate()
+        name, mode = self.algorithm.objective
+        sign = 1.0 if mode == "max" else -1.0
+        value = evaluation.metrics[name]
+        if self.state.best_value is None or sign * value > sign * self.state.best_value:
+            self.state.best_value, self.state.best_step, self.state.evals_since_best = value, self.state.step, 0
+        elif self.state.best_step != self.state.step:
+            self.state.evals_since_best += 1
+        if evaluation.samples:
+            self.progress.samples(f"Held-out samples, {title}", evaluation.samples[:NUM_SHOWN_SAMPLES])
+            self.tracker.samples(self.state.step, evaluation.samples)
+            for sample in evaluation.samples:
+                self.samples_file.write({"step": self.state.step, "split": "eval"} | sample)
+        self.state.after = evaluation.metrics
+        return evaluation.metrics
+
+    def _log(self, row: dict[str, float]) -> None:
+        self.metrics_file.write(row)
+        if self.state.step % self.settings.log_every == 0 or self.algorithm.objective[0] in row:
+            self.tracker.log(self.state.step, row)
+            self.progress.step(self.state.step, row)
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0
+
+    def _ended(self) -> str | None:
+        s, state = self.settings, self.state
+        if state.step % self.algorithm.updates_per_batch:
+            return None
+        if state.step >= s.steps:
+            return "steps"
+        if s.max_minutes is not None and state.seconds >= 60 * s.max_minutes:
+            return "max_minutes"
+        if s.max_tokens is not None and state.num_tokens >= s.max_tokens:
+            return "max_tokens"
+        if s.patience is not None and state.evals_since_best >= s.patience:
+            return "early_stopping"
+        return None

@@ -1,0 +1,189 @@
+"""What the tests of algorithms and trainer are made of: a tiny policy over 12 tokens, fixed data, silent displays."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from rlft.algos.policy_gradient import PolicyGradient
+from rlft.algos.sft import SFT
+from rlft.counted import generator, order
+from rlft.data.prompts import Prompt
+from rlft.models.base import CausalLM
+from rlft.models.gpt2 import GPT2
+from rlft.rewards.compose import RewardOutput, RewardSum
+from rlft.rollout.sampling import Sampling
+from rlft.text.characters import characters
+from rlft.trainer.metrics import Clock
+from rlft.trainer.trainer import Trainer, TrainSettings
+
+CONF = Path(__file__).parents[1] / "conf"
+ALPHABET = "abcdefghijk"  # ids 0 .. 10; 11 ends a text
+CPU = torch.device("cpu")
+TOKENIZER = characters(alphabet=ALPHABET)
+
+
+def tiny(seed: int = 0, *, spread: float = 0.0, n_layer: int = 1, n_embd: int = 16, n_positions: int = 32) -> GPT2:
+    """A GPT-2 over 12 tokens; N(0, spread) on top of its weights makes its distributions uneven."""
+    model = GPT2.from_config(
+        vocab_size=12, n_positions=n_positions, n_embd=n_embd, n_layer=n_layer, n_head=2, seed=seed
+    )
+    return perturbed(model, seed=seed, spread=spread)
+
+
+def perturbed(model: GPT2, *, seed: int, spread: float) -> GPT2:
+    """Add N(0, spread) to every parameter, in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = generator(seed, f"perturb/{name}").standard_normal(parameter.shape)
+            parameter += spread * torch.from_numpy(noise).to(parameter.dtype)
+    return model
+
+
+class FixedPrompts:
+    """Prompts from a list of texts, the same for training and validation; stands in for `PromptData`."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._prompts = [Prompt(t, TOKENIZER.encode(t), {"number": i}, f"list:{i}") for i, t in enumerate(texts)]
+        self.counts = {"train_prompts": len(texts)}
+
+    def prompts(self, split: str) -> list[Prompt]:
+        return self._prompts
+
+    def batch(self, step: int, *, size: int, seed: int) -> list[Prompt]:
+        return [self._prompts[i] for i in order(len(self._prompts), seed=seed, start=step * size, count=size)]
+
+
+class FixedText:
+    """Blocks [N, block_size + 1] to train on and others to validate on; stands in for `TextData`."""
+
+    def __init__(self, train: Tensor, validation: Tensor) -> None:
+        self.train, self.held_out, self.block_size = train, validation, train.shape[1] - 1
+        self.counts = {"train_blocks": len(train)}
+
+    def batch(self, step: int, *, size: int, seed: int) -> Tensor:
+        return self.train[order(len(self.train), seed=seed, start=step * size, count=size)]
+
+    def validation(self, *, max_blocks: int | None = None) -> Tensor:
+        return self.held_out[:max_blocks]
+
+
+class Float64Rewards(RewardSum):
+    """Totals in float64, so that nothing but the code under test rounds (give values that float32 holds exactly)."""
+
+    def __call__(self, **keywords: Any) -> RewardOutput:
+        out = super().__call__(**keywords)
+        return RewardOutput(out.total.double(), out.components)
+
+
+def share_of_a(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """The fraction of a completion's tokens, its end token among them, that are "a"."""
+    return [text.count("a") / len(ids) for text, ids in zip(completions, completion_ids, strict=True)]
+
+
+def reward_sum(function: Callable[..., Any], *, cls: type[RewardSum] = RewardSum) -> RewardSum:
+    return cls({"r": function}, weights={"r": 1.0}, timeouts={"r": 60.0})
+
+
+@functools.cache
+def algo_node(name: str, overrides: tuple[str, ...], sizes: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """conf/algo/<name>.yaml composed with its groups, resolved, as plain values."""
+    roots = [f"+{key}={'null' if value is None else value}" for key, value in sizes]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config: Any = OmegaConf.to_container(compose(overrides=[f"+algo={name}", *roots, *overrides]), resolve=True)
+    return config["algo"]
+
+
+def policy_gradient(
+    name: str,
+    *overrides: str,
+    policy: CausalLM,
+    reference: CausalLM | None = None,
+    rewards: RewardSum | None = None,
+    prompts: Sequence[str] = ("abc", "d", "efghi", "jk"),
+    temperature: float = 1.0,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    parts: dict[str, Any] | None = None,
+    **sizes: Any,
+) -> PolicyGradient:
+    """Build an algorithm from its YAML as rlft/build.py does; `parts` replaces built parts."""
+    defaults = {
+        "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 5, "eval_prompts": 4, "micro_batch": None,
+        "micro_batch_tokens": None,
+    }  # fmt: skip
+    sizes = defaults | sizes
+    node = algo_node(name, overrides, tuple(sizes.items()))
+    try:
+        made = instantiate(node | {"_partial_": True}, _convert_="all")
+    except InstantiationException as error:
+        raise error.__cause__ or error from None  # a part refused its arguments
+    return made(
+        policy=policy, reference=reference, rewards=rewards or reward_sum(share_of_a), data=FixedPrompts(prompts),
+        tokenizer=TOKENIZER, sampling=Sampling(sizes["max_new_tokens"], temperature), seed=seed, device=CPU,
+        autocast=nullcontext, is_float32=True, rank=rank, world_size=world_size, clock=Clock(), **(parts or {}),
+    )  # fmt: skip
+
+
+def sft(policy: CausalLM, data: FixedText, *, rows_per_step: int = 4, seed: int = 0) -> SFT:
+    return SFT(
+        policy=policy, tokenizer=TOKENIZER, data=data, sampling=Sampling(4), rows_per_step=rows_per_step,
+        eval_blocks=None, seed=seed, device=CPU,
+    )  # fmt: skip
+
+
+class Silent:
+    """Tracker and progress in one, which remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict]] = []
+        self.messages: list[str] = []
+        self.titles: list[Any] = []
+
+    def log(self, step: int, row: dict) -> None:
+        self.rows.append((step, row))
+
+    def step(self, step: int, row: dict) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def samples(self, title: Any, samples: list[dict]) -> None:
+        self.titles.append(title)
+
+
+def trainer(policy: CausalLM, algorithm: Any, run_dir: Path, **changes: Any) -> Trainer:
+    """A trainer on the CPU with small settings; `trainer.tracker` and `trainer.progress` are one `Silent`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    defaults: dict[str, Any] = {
+        "seed": 0, "steps": 4, "max_minutes": None, "max_tokens": None, "micro_batch": None,
+        "micro_batch_tokens": None, "learning_rate": 1e-2, "final_learning_rate_fraction": 0.0, "warmup_steps": 0,
+        "schedule": "constant", "max_grad_norm": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.99), "eval_every": 0,
+        "patience": None, "save_every": 0, "keep": 2, "log_every": 1,
+    }  # fmt: skip
+    silent: Any = Silent()
+    return Trainer(
+        policy, algorithm, settings=TrainSettings(**(defaults | changes)), accelerator=Accelerator(cpu=True),
+        run_dir=run_dir, tracker=silent, progress=silent, clock=getattr(algorithm, "clock", Clock()),
+    )  # fmt: skip
+
+
+def rows_of(path: Path, *, times: bool = False) -> list[dict]:
+    """The rows of a JSONL file, without what is measured by a clock."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    clocked = ("wall_time", "step_time", "tokens_per_second")
+    return [{k: v for k, v in r.items() if times or (k not in clocked and not k.startswith("time/"))} for r in rows]
