@@ -97,18 +97,16 @@ def checked(config: DictConfig) -> RootConfig:
             )
     try:
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        assert isinstance(values, dict)
         root = {k: v for k, v in values.items() if k not in GIVEN}
-        typed: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(RootSettings), root), throw_on_missing=True)
-        assert isinstance(typed, dict)
+        merged = OmegaConf.merge(OmegaConf.structured(RootSettings), root)
+        typed: Any = OmegaConf.to_container(merged, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from error
     _check_ranges(typed)
-    groups = {group: values.get(group) or {} for group in GIVEN}
+    groups: dict[str, Any] = {group: values.get(group) or {} for group in GIVEN}
     for group, node in groups.items():
         _check_group(group, node)
-    typed["betas"] = tuple(typed["betas"])
-    return RootConfig(**typed, **groups)
+    return RootConfig(**(typed | groups | {"betas": tuple(typed["betas"])}))
 
 
 def _check_ranges(root: dict[str, Any]) -> None:

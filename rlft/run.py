@@ -38,20 +38,26 @@ def run(config: RootConfig) -> int:
             progress.plan(_plan(config, job, run_dir))
         return EXIT_DONE
     with _locked(run_dir), _signals() as stop:
+        commit = _commit()
         _start(run_dir, config)
         job = build.build(config)
-        with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
-            progress.plan(_plan(config, job, run_dir))
-            trainer = build.trainer(job, config, run_dir=run_dir, progress=progress)
-            trainer.resume()
-            resume_step = trainer.state.step if config.resume else None
-            job.tracker.start(run_dir=run_dir, config=asdict(config), name=run_dir.name, resume_step=resume_step)
-            reason = trainer.train(should_stop=lambda: bool(stop))
-        if reason == "signal":
-            job.tracker.close(summary={})
-            print(f"rlft: stopped by a signal at step {trainer.state.step}; go on with run_dir={run_dir} resume=true")
-            return EXIT_STOPPED
-        _finish(run_dir, config, job, trainer, reason)
+        summary: dict = {}
+        try:
+            with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
+                progress.plan(_plan(config, job, run_dir))
+                trainer = build.trainer(job, config, run_dir=run_dir, progress=progress)
+                trainer.resume()
+                resume_step = trainer.state.step if config.resume else None
+                job.tracker.start(run_dir=run_dir, config=asdict(config), name=run_dir.name, resume_step=resume_step)
+                reason = trainer.train(should_stop=lambda: bool(stop))
+            if reason != "signal":
+                summary = _finish(run_dir, config, job, trainer, reason, commit)
+        finally:
+            job.tracker.close(summary=summary)  # also where training failed: what was logged is not lost
+    if reason == "signal":
+        print(f"rlft: stopped by a signal at step {trainer.state.step}; go on with run_dir={run_dir} resume=true")
+        return EXIT_STOPPED
+    print(f"rlft: done ({reason}): {run_dir}")
     return EXIT_DONE
 
 
@@ -130,8 +136,10 @@ def _start(run_dir: Path, config: RootConfig) -> None:
         )
 
 
-def _finish(run_dir: Path, config: RootConfig, job: build.Job, trainer: Trainer, reason: str) -> None:
-    """Export the final policy and write summary.json."""
+def _finish(
+    run_dir: Path, config: RootConfig, job: build.Job, trainer: Trainer, reason: str, commit: str | None
+) -> dict:
+    """Export the final policy, write summary.json and return what it holds."""
     job.policy.save_hf(run_dir / "model")
     job.tokenizer.save(run_dir / "model")
     state = trainer.state
@@ -143,7 +151,7 @@ def _finish(run_dir: Path, config: RootConfig, job: build.Job, trainer: Trainer,
         "evaluation": {"before": state.before, "after": state.after},
         "best": {"step": state.best_step, trainer.algorithm.objective[0]: state.best_value},
         "seed": config.seed,
-        "commit": _commit(),
+        "commit": commit,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("rlft", *_PACKAGES)},
         "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, {job.accelerator.device}",
@@ -151,8 +159,7 @@ def _finish(run_dir: Path, config: RootConfig, job: build.Job, trainer: Trainer,
     temporary = run_dir / "summary.json.tmp"
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
     os.replace(temporary, run_dir / "summary.json")
-    job.tracker.close(summary=summary)
-    print(f"rlft: done ({reason}): {run_dir}")
+    return summary
 
 
 def _commit() -> str | None:

@@ -91,11 +91,11 @@ class PolicyGradient:
             raise ConfigError("a KL penalty needs a reference: set reference=initial, or algo/kl=none")
         if prompts_per_step % world_size:
             raise ConfigError(f"prompts_per_step={prompts_per_step} must be a multiple of the {world_size} processes")
-        if "group_size" in _parameters(advantage):
-            try:
-                advantage(rewards=torch.zeros(group_size), group_size=group_size)
-            except ValueError as error:
-                raise ConfigError(f"group_size={group_size}: {error}") from error
+        if "group_size" in _parameters(advantage) and group_size < 2:
+            raise ConfigError(
+                f"group_size={group_size}: an advantage within the group needs at least 2 samples of a prompt; "
+                f"algo=reinforce goes with one"
+            )
         if updates_per_batch < 1:
             raise ConfigError(f"algo.updates_per_batch must be at least 1, got {updates_per_batch}")
         if updates_per_batch > 1 and "old_logprobs" not in _parameters(surrogate):
@@ -111,6 +111,7 @@ class PolicyGradient:
                 "top_k, top_p and min_new_tokens bend the sampled distribution, so that the policy gradient is biased; "
                 "set algo.allow_bent_sampling=true if that is what you want"
             )
+        _check_room(data, max_new_tokens=sampling.max_new_tokens, context_length=policy.context_length)
         self.policy, self.reference, self.rewards, self.data = policy, reference, rewards, data
         self.tokenizer, self.seed, self.device, self.autocast = tokenizer, seed, device, autocast
         self.is_float32, self.rank, self.world_size, self.clock = is_float32, rank, world_size, clock
@@ -264,6 +265,18 @@ class PolicyGradient:
     def _samples(self, rows: list[Prompt], rollout: Rollout, scored: RewardOutput, advantages: Tensor) -> list[dict]:
         samples = sample_rows(self.tokenizer, rows, rollout, scored)[: self.samples_per_step]
         return [row | {"advantage": float(a)} for row, a in zip(samples, advantages[:, 0].tolist(), strict=False)]
+
+
+def _check_room(data: PromptData, *, max_new_tokens: int, context_length: int) -> None:
+    """Refuse prompts that leave no room for a whole completion, so that nothing is cut short silently."""
+    prompts = [prompt for split in ("train", "validation") for prompt in data.prompts(split)]
+    longest = max(prompts, key=lambda prompt: len(prompt.ids), default=None)
+    if longest is not None and len(longest.ids) + max_new_tokens > context_length:
+        raise ConfigError(
+            f"{longest.where}: a prompt of {len(longest.ids)} tokens and max_new_tokens={max_new_tokens} do not fit "
+            f"the model's context of {context_length}: lower max_new_tokens, or leave long prompts out by "
+            f"data.max_prompt_tokens={max(1, context_length - max_new_tokens)} data.on_long=skip"
+        )
 
 
 def _parameters(part: Callable[..., Any]) -> set[str]:

@@ -19,7 +19,8 @@ from rlft.trainer.metrics import Means
 def score(rewards: RewardSum, tokenizer: Tokenizer, prompts: list[Prompt], rollout: Rollout) -> RewardOutput:
     """Call the rewards on every completion; `prompts` has one entry for each row, [B]."""
     ids = rollout.completions()
-    columns = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
+    names = dict.fromkeys(name for p in prompts for name in p.columns)
+    columns = {name: [p.columns.get(name) for p in prompts] for name in names}
     return rewards(
         prompts=[p.text for p in prompts],
         completions=tokenizer.decode_batch(ids),

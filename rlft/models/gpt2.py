@@ -150,7 +150,7 @@ class GPT2(CausalLM):
     def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         T = input_ids.shape[1]
         if positions is None:
-            if T > self.context_length:
+            if self.context_length < T:
                 raise ValueError(f"{T} tokens do not fit the model's {self.context_length} positions")
             positions = torch.arange(T, device=input_ids.device)[None]
         x = F.dropout(self.wte(input_ids) + self.wpe(positions), self.config.dropout, self.training)

@@ -129,10 +129,10 @@ def _restore(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor], path: Pa
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
-        shapes = {k: t.shape for k, t in state.get(index, {}).items() if t.dim()}
+    for i, parameter in enumerate(parameters):
+        shapes = {k: t.shape for k, t in state.get(i, {}).items() if t.dim()}
         if any(shape != parameter.shape for shape in shapes.values()):
-            raise CheckpointError(f"{path}: optimizer state {index} has shapes {shapes}, needs {list(parameter.shape)}")
+            raise CheckpointError(f"{path}: optimizer state {i} has shapes {shapes}, needs {list(parameter.shape)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

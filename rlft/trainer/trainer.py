@@ -87,10 +87,11 @@ class Trainer:
         progress: Progress,
         clock: Clock,
     ) -> None:
-        if settings.eval_every % algorithm.updates_per_batch:
+        updates = algorithm.updates_per_batch
+        if settings.steps % updates:
             raise ConfigError(
-                f"eval_every={settings.eval_every} must be a multiple of algo.updates_per_batch="
-                f"{algorithm.updates_per_batch}: checkpoints, and so the best policy, are taken between batches"
+                f"steps={settings.steps} must be a multiple of algo.updates_per_batch={updates}, as a run ends between "
+                f"batches: steps={-(-settings.steps // updates) * updates}"
             )
         self.policy, self.algorithm, self.settings = policy, algorithm, settings
         self.accelerator, self.tracker, self.progress, self.clock = accelerator, tracker, progress, clock
@@ -142,6 +143,7 @@ class Trainer:
             if stop and not is_last:
                 return "signal"
         if reason == "early_stopping":
+            assert self.state.best_step is not None
             self.checkpoints.load(self.state.best_step, self.policy)
             self.state.after = self._evaluate(f"the best policy, of step {self.state.best_step}")
         return reason
@@ -239,8 +241,8 @@ class Trainer:
         self.progress.message(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; batch saved to {path}")
         if self.state.non_finite_in_row >= MAX_NON_FINITE_STEPS:
             raise NonFiniteError(
-                f"{MAX_NON_FINITE_STEPS} steps in a row (the last is {step}) had a loss or gradient that is not finite; "
-                f"the last batch is in {path}. A lower learning_rate or max_grad_norm may help"
+                f"{MAX_NON_FINITE_STEPS} steps in a row (the last is {step}) had a loss or gradient that is not "
+                f"finite; the last batch is in {path}. A lower learning_rate or max_grad_norm may help"
             )
 
     def _evaluate(self, title: str) -> dict[str, float]:
@@ -250,7 +252,11 @@ class Trainer:
             evaluation = self.algorithm.evaluate()
         name, mode = self.algorithm.objective
         sign = 1.0 if mode == "max" else -1.0
-        value = evaluation.metrics[name]
+        value = evaluation.metrics.get(name, math.nan)
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{name} is {value} in the evaluation at step {self.state.step}: nothing can be compared"
+            )
         if self.state.best_value is None or sign * value > sign * self.state.best_value:
             self.state.best_value, self.state.best_step, self.state.evals_since_best = value, self.state.step, 0
         elif self.state.best_step != self.state.step:
@@ -270,7 +276,9 @@ class Trainer:
             self.progress.step(self.state.step, row)
 
     def _is_due(self, every: int) -> bool:
-        return every > 0 and self.state.step % every == 0
+        """Whether a multiple of `every` was reached by the batch that ends here: between batches only."""
+        step, updates = self.state.step, self.algorithm.updates_per_batch
+        return every > 0 and step % updates == 0 and step // every > (step - updates) // every
 
     def _ended(self) -> str | None:
         s, state = self.settings, self.state

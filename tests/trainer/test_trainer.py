@@ -114,11 +114,11 @@ def test_losses_and_weights_do_not_depend_on_micro_batches(tmp_path, kind, limit
 
 
 def test_two_updates_take_one_batch_for_two_steps(tmp_path):
-    made = scripted(tmp_path, updates=2, steps=6, micro_batch=2, save_every=1, keep=9)
+    made = scripted(tmp_path, updates=2, steps=6, micro_batch=2, save_every=3, keep=9)
     made.train()
     assert made.algorithm.collected == [0, 1, 2]
     assert made.algorithm.updates == [0, 0, 1, 1] * 3  # two micro-batches a step
-    assert made.checkpoints.steps() == [2, 4, 6]  # between batches: what a batch was sampled with is not kept
+    assert made.checkpoints.steps() == [4, 6]  # at the end of the batch in which the third step, and the sixth, fell
 
 
 # Logs.
@@ -221,9 +221,9 @@ def test_run_killed_right_after_its_first_checkpoint_keeps_one_row_zero(tmp_path
 
 
 def test_best_of_a_run_must_fall_where_a_checkpoint_can_be_taken(tmp_path):
-    with pytest.raises(ConfigError, match=r"eval_every=3 must be a multiple of .*updates_per_batch=2"):
-        scripted(tmp_path, updates=2, eval_every=3)
-    made = scripted(tmp_path, steps=8, updates=2, eval_every=2, patience=1, values=[5.0, 4.0, 6.0, 4.0])
+    with pytest.raises(ConfigError, match=r"steps=3 must be a multiple of .*updates_per_batch=2.*steps=4"):
+        scripted(tmp_path, updates=2, steps=3)
+    made = scripted(tmp_path, steps=8, updates=2, eval_every=1, patience=1, values=[5.0, 4.0, 6.0, 4.0])
     assert made.train() == "early_stopping"
     assert (made.state.step, made.state.best_step) == (4, 2)
 
