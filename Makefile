@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: train train_smoke train_quick train_full test test_slow check tensorboard experiments clean
 
-train: $(INSTALLED)          ## the main job: two minutes on two cores
+train: $(INSTALLED)          ## the main job: a minute on two cores
 	$(RUN) train.py algo=grpo reward=sentiment
 
 train_smoke: $(INSTALLED)    ## seconds: does everything still fit together?
@@ -18,6 +18,9 @@ train_quick: $(INSTALLED)    ## half a minute
 
 train_full: $(INSTALLED)     ## the recorded experiment: held by KL, 256 held-out prompts
 	$(RUN) train.py +experiment=sentiment_grpo
+
+experiments: $(INSTALLED)    ## the tables and pictures under experiments/: a quarter of an hour
+	PYTHON=$(RUN) experiments/sentiment_grpo/run.sh
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -q

@@ -7,6 +7,7 @@ wrong argument until the call. So the composed configuration is checked as a who
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
 import types
 import typing
@@ -67,19 +68,21 @@ class RootConfig(RootSettings):
     tracker: dict
 
 
-# What rlft/build.py hands to each group's callable beside its YAML.
+# What rlft/build.py hands to each group's callable; a setting of that name would be overwritten, and is refused.
 GIVEN = {
-    "model": ["tokenizer"],
+    "model": [],
     "reference": ["policy"],
     "algo": [
         "policy", "reference", "rewards", "data", "tokenizer", "sampling", "seed",
         "device", "autocast", "is_float32", "rank", "world_size", "clock",
     ],
-    "reward": ["weight", "timeout"],
+    "reward": [],
     "data": ["tokenizer"],
     "hardware": [],
     "tracker": [],
 }  # fmt: skip
+# What rlft/build.py itself reads of a group's YAML, and its type.
+READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": dict}, "reward": {"weight": float, "timeout": float}}
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 _AT_LEAST_ONE = ("steps", "prompts_per_step", "group_size", "max_new_tokens", "eval_prompts", "keep", "log_every",
                  "micro_batch", "micro_batch_tokens", "max_tokens", "patience")  # fmt: skip
@@ -98,6 +101,9 @@ def checked(config: DictConfig) -> RootConfig:
     try:
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         root = {k: v for k, v in values.items() if k not in GIVEN}
+        for key in ("resume", "dry_run"):  # OmegaConf takes any number for a bool
+            if key in root:
+                _check_type(key, root[key], bool)
         merged = OmegaConf.merge(OmegaConf.structured(RootSettings), root)
         typed: Any = OmegaConf.to_container(merged, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -129,12 +135,12 @@ def _check_ranges(root: dict[str, Any]) -> None:
 def _check_group(group: str, node: dict[str, Any]) -> None:
     if group == "reward":
         for name, reward in node.items():
-            _check_node(f"reward.{name}", reward, given=GIVEN[group])
+            _check_node(f"reward.{name}", reward, given=GIVEN[group], read=READ_BY_BUILD[group])
     else:
-        _check_node(group, node, given=GIVEN[group])
+        _check_node(group, node, given=GIVEN[group], read=READ_BY_BUILD.get(group, {}))
 
 
-def _check_node(path: str, node: Any, *, given: list[str]) -> None:
+def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any]) -> None:
     """Check a `_target_` node's keys against its callable's signature, then the nodes inside it."""
     if not isinstance(node, dict):
         raise ConfigError(f"{path}={node!r} is not a group choice; see the files under conf/{path.split('.')[0]}/")
@@ -142,17 +148,20 @@ def _check_node(path: str, node: Any, *, given: list[str]) -> None:
         raise ConfigError(f"{path} has no _target_: choose one of the files under conf/{path.split('.')[0]}/")
     try:
         target = get_method(node["_target_"])
+        parameters = inspect.signature(target).parameters
     except Exception as error:  # hydra wraps import errors of every kind
-        raise ConfigError(f"{path}._target_={node['_target_']} cannot be imported: {error}") from error
-    parameters = inspect.signature(target).parameters
+        why = " ".join(str(error).split())  # one line: the last of stderr names the key
+        raise ConfigError(f"{path}._target_={node['_target_']} cannot be used: {why}") from error
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    hints = _hints(target)
+    hints = _hints(target) | read
     for key, value in node.items():
-        if key in _HYDRA_KEYS or key in given:
+        if key in _HYDRA_KEYS:
             continue
-        if key not in named and not takes_any:
-            settable = [name for name in named if name not in given and name != "self"]
+        if key in given:
+            raise ConfigError(f"{path}.{key} cannot be set: it is handed in by the run")
+        if key not in named and key not in read and not takes_any:
+            settable = [name for name in [*named, *read] if name not in given and name != "self"]
             raise ConfigError(
                 f"unknown setting '{path}.{key}'{nearest(key, settable)}; allowed: {', '.join(settable) or 'none'}"
             )
@@ -164,28 +173,37 @@ def _check_node(path: str, node: Any, *, given: list[str]) -> None:
         raise ConfigError(f"{path}.{missing[0]} is not set, and has no default")
     for key, value in node.items():
         if isinstance(value, dict) and "_target_" in value:
-            _check_node(f"{path}.{key}", value, given=[])
+            _check_node(f"{path}.{key}", value, given=[], read={})
 
 
 def _hints(target: Any) -> dict[str, Any]:
     function = target.__init__ if inspect.isclass(target) else target
     try:
-        return typing.get_type_hints(function)
+        hints = typing.get_type_hints(function)
     except NameError:  # annotations that exist for the type checker only
         return {}
+    return {name: dict if _is_node(hint) else hint for name, hint in hints.items()}
+
+
+def _is_node(hint: Any) -> bool:
+    """Whether what is annotated so is an object of ours or a function: in YAML, a node with a `_target_`."""
+    is_ours = inspect.isclass(hint) and hint.__module__.startswith("rlft.")
+    return is_ours or typing.get_origin(hint) is collections.abc.Callable
 
 
 def _check_type(path: str, value: Any, hint: Any) -> None:
-    """Check values of plain types (str, int, float, bool, None and unions of them); leave other annotations alone."""
+    """Check values of plain types (str, int, float, bool, dict, None, and unions of them); leave others alone."""
     options = (
         typing.get_args(hint)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
         else (hint,)
     )
-    if not set(options) <= {str, int, float, bool, type(None)}:
+    if not set(options) <= {str, int, float, bool, dict, type(None)}:
         return
     allowed = tuple(options) + ((int,) if float in options else ())
     is_stray_bool = isinstance(value, bool) and bool not in options
+    if dict in options and not isinstance(value, allowed):
+        raise ConfigError(f"{path}={value!r} is not a node with a _target_; a group's file is chosen as algo/kl=k3 is")
     if not isinstance(value, allowed) or is_stray_bool:
         names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
         raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {names} is allowed")

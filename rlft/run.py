@@ -39,19 +39,21 @@ def run(config: RootConfig) -> int:
         return EXIT_DONE
     with _locked(run_dir), _signals() as stop:
         commit = _commit()
-        _start(run_dir, config)
+        _check_start(run_dir, config)
         job = build.build(config)
         summary: dict = {}
         try:
             with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
                 progress.plan(_plan(config, job, run_dir))
                 trainer = build.trainer(job, config, run_dir=run_dir, progress=progress)
+                _write_config(run_dir, config)  # only now it holds a run: what could not be built leaves it free
                 trainer.resume()
                 resume_step = trainer.state.step if config.resume else None
                 job.tracker.start(run_dir=run_dir, config=asdict(config), name=run_dir.name, resume_step=resume_step)
                 reason = trainer.train(should_stop=lambda: bool(stop))
-            if reason != "signal":
-                summary = _finish(run_dir, config, job, trainer, reason, commit)
+                if reason != "signal":
+                    summary = _finish(run_dir, config, job, trainer, reason, commit)
+                    progress.comparison("Held-out evaluation", before=trainer.state.before, after=trainer.state.after)
         finally:
             job.tracker.close(summary=summary)  # also where training failed: what was logged is not lost
     if reason == "signal":
@@ -117,16 +119,14 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _start(run_dir: Path, config: RootConfig) -> None:
-    """Write config.yaml, or, where the directory holds a run, check that this one may go on with it."""
+def _check_start(run_dir: Path, config: RootConfig) -> None:
+    """Refuse a directory that holds a run, unless this one may go on with it."""
     path = run_dir / "config.yaml"
-    values = json.loads(json.dumps(asdict(config)))  # tuples to lists
     if not path.exists():
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
         return
     if not config.resume:
         raise RunDirectoryError(f"run_dir={run_dir} holds a run; give another one, or go on with it by resume=true")
-    before = yaml.safe_load(path.read_text())
+    values, before = _plain(config), yaml.safe_load(path.read_text())
     changed = [key for key in values if values[key] != before.get(key) and key not in _MAY_CHANGE]
     if changed:
         key = changed[0]
@@ -136,14 +136,31 @@ def _start(run_dir: Path, config: RootConfig) -> None:
         )
 
 
+def _write_config(run_dir: Path, config: RootConfig) -> None:
+    if not (run_dir / "config.yaml").exists():
+        _write(run_dir / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+
+
+def _plain(config: RootConfig) -> dict:
+    return json.loads(json.dumps(asdict(config)))  # tuples to lists
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def _finish(
     run_dir: Path, config: RootConfig, job: build.Job, trainer: Trainer, reason: str, commit: str | None
 ) -> dict:
     """Export the final policy, write summary.json and return what it holds."""
-    job.policy.save_hf(run_dir / "model")
+    job.policy.save_hf(run_dir / "model", eos_id=job.tokenizer.eos_id)
     job.tokenizer.save(run_dir / "model")
     state = trainer.state
     summary = {
+        "name": config.name,
         "exit_reason": reason,
         "steps": state.step,
         "num_tokens": state.num_tokens,
@@ -156,9 +173,7 @@ def _finish(
         | {name: importlib.metadata.version(name) for name in ("rlft", *_PACKAGES)},
         "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, {job.accelerator.device}",
     }
-    temporary = run_dir / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, run_dir / "summary.json")
+    _write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -17,7 +17,7 @@ import torch
 from rlft.algos.base import Evaluation
 from rlft.algos.scoring import add_rewards, exact_token_kl, frozen_scores, sample_rows, score
 from rlft.data.prompts import PromptData
-from rlft.errors import DataError
+from rlft.errors import DataError, RewardError
 from rlft.models.base import CausalLM
 from rlft.rewards.compose import RewardSum
 from rlft.rollout.engine import Rollout, generate
@@ -67,7 +67,15 @@ class Evaluator:
                 self._add_reference(self.reference, means, rollout)
             samples += sample_rows(self.tokenizer, prompts, rollout, scored)
         texts = [row["completion"] for row in samples]
-        metrics = means.local() | {"eval/distinct_1": distinct_n(texts, 1), "eval/distinct_2": distinct_n(texts, 2)}
+        rewards = [row["reward"] for row in samples]
+        counted = torch.tensor([reward for reward in rewards if not math.isnan(reward)], dtype=torch.float64)
+        if not len(counted):
+            raise RewardError(f"no reward counts any of the {len(samples)} held-out completions (all returned None)")
+        metrics = means.local() | {
+            "eval/reward_std": float(counted.std(correction=0)),  # over completions
+            "eval/distinct_1": distinct_n(texts, 1),
+            "eval/distinct_2": distinct_n(texts, 2),
+        }
         if "eval/reference_perplexity" in metrics:  # the mean negative logprob until here
             metrics["eval/reference_perplexity"] = math.exp(metrics["eval/reference_perplexity"])
         return Evaluation(metrics, samples)

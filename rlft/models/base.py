@@ -62,8 +62,11 @@ class CausalLM(nn.Module, ABC):
         """The plain values from which the same architecture is built again; stored beside every checkpoint."""
 
     @abstractmethod
-    def save_hf(self, directory: str | Path) -> None:
-        """Write config and weights in Hugging Face format, so that `AutoModelForCausalLM` gives the same logits."""
+    def save_hf(self, directory: str | Path, *, eos_id: int | None = None) -> None:
+        """Write config and weights in Hugging Face format, so that `AutoModelForCausalLM` gives the same logits.
+
+        `eos_id` is the tokenizer's end-of-text token, at which `generate` shall stop.
+        """
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -19,8 +19,10 @@ def main() -> None:
     parser.add_argument("directory", help="where to write; made if absent")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     args = parser.parse_args()
-    GPT2.from_pretrained(args.source).to(getattr(torch, args.dtype)).save_hf(args.directory)
-    huggingface(args.source).save(args.directory)
+    tokenizer = huggingface(args.source)
+    policy = GPT2.from_pretrained(args.source).to(getattr(torch, args.dtype))
+    policy.save_hf(args.directory, eos_id=tokenizer.eos_id)
+    tokenizer.save(args.directory)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class GPT2(CausalLM):
     def config_dict(self) -> dict:
         return asdict(self.config)
 
-    def save_hf(self, directory: str | Path) -> None:
+    def save_hf(self, directory: str | Path, *, eos_id: int | None = None) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {}
@@ -177,7 +177,7 @@ class GPT2(CausalLM):
             "vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_embd": c.n_embd, "n_layer": c.n_layer,
             "n_head": c.n_head, "layer_norm_epsilon": c.layer_norm_epsilon, "resid_pdrop": c.dropout,
             "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "initializer_range": 0.02,
-            "tie_word_embeddings": True, "dtype": dtype, "bos_token_id": None, "eos_token_id": None,
+            "tie_word_embeddings": True, "dtype": dtype, "bos_token_id": eos_id, "eos_token_id": eos_id,
         }  # fmt: skip
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -153,6 +153,14 @@ class Progress:
         for name, value in clean:
             self._print(f"{name:<{width}}  {value}")
 
+    def comparison(self, title: str, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        """Print two evaluations side by side, a line for each metric that both have."""
+        names = [name for name in before if name in after]
+        width = max((len(name) for name in names), default=0)
+        lines = [f"{title:<{width}}  {'before':>8}  {'after':>8}"]
+        lines += [f"{name:<{width}}  {_number(before[name], '8.3f')}  {_number(after[name], '8.3f')}" for name in names]
+        self.message("\n".join(lines))
+
     def _start_live(self) -> None:
         """Begin the live display at the first step, so that a run that only prints its plan leaves no empty bar."""
         if self._is_open and self._live is None:

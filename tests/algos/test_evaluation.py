@@ -7,7 +7,7 @@ import torch
 
 from rlft.algos.evaluation import distinct_n
 from rlft.algos.scoring import frozen_scores
-from rlft.errors import DataError
+from rlft.errors import DataError, RewardError
 from rlft.models.scorer import Scorer
 from rlft.rollout.engine import generate
 from rlft.trainer.batch import Batch
@@ -68,6 +68,7 @@ def test_evaluation_measures_what_a_naive_loop_measures():
         nll += [-float(logq[t, a]) for t, a in enumerate(tokens)]
     expected = {
         "eval/reward": sum(rewards) / 6,
+        "eval/reward_std": math.sqrt(sum((r - sum(rewards) / 6) ** 2 for r in rewards) / 6),
         "eval/rewards/r/mean": sum(rewards) / 6,
         "eval/completions/mean_length": len(nll) / 6,
         "eval/kl": sum(map(sum, kls)) / len(nll),
@@ -100,6 +101,12 @@ def test_no_held_out_prompt_is_an_error_that_says_so():
     algorithm = build("grpo")
     algorithm.data._prompts.clear()
     with pytest.raises(DataError, match="validation split has no prompt"):
+        algorithm.evaluate()
+
+
+def test_an_evaluation_that_no_reward_counts_is_an_error():
+    algorithm = build("grpo", rewards=reward_sum(lambda completions, **_: [None] * len(completions)))
+    with pytest.raises(RewardError, match="no reward counts any"):
         algorithm.evaluate()
 
 

@@ -201,7 +201,13 @@ def test_what_makes_no_sense_is_refused_with_the_reason(name, overrides, argumen
         build(name, *overrides, **arguments)
 
 
-@pytest.mark.parametrize("advantage", ["group_zscore", "leave_one_out"])
+def test_a_prompt_that_leaves_no_room_for_a_completion_is_refused():
+    build("grpo", prompts=("a" * 27, "b"))  # 27 + 5 tokens fill the context of 32
+    with pytest.raises(ConfigError, match=r"list:1: a prompt of 28 tokens .* data\.max_prompt_tokens=27"):
+        build("grpo", prompts=("b", "a" * 28))
+
+
+@pytest.mark.parametrize("advantage", ["group_zscore", "leave_one_out", "group_mean"])
 def test_a_group_of_one_is_refused_before_anything_is_sampled(advantage):
     with pytest.raises(ConfigError, match="group_size"):
         build("grpo", f"algo/advantage={advantage}", group_size=1)

@@ -177,6 +177,15 @@ def test_the_plan_is_aligned_in_plain_text():
     assert out.getvalue() == "device            cpu\nsamples per step  64 [b]\n"
 
 
+def test_a_comparison_has_a_line_for_each_metric_of_both():
+    progress, out = plain()
+    progress.comparison("Held-out", before={"eval/reward": 0.1, "eval/kl": 0.0}, after={"eval/reward": float("nan")})
+    assert [line.split() for line in out.getvalue().splitlines()] == [
+        ["Held-out", "before", "after"],
+        ["eval/reward", "0.100", "nan"],
+    ]
+
+
 def test_generated_text_cannot_break_plain_lines():
     progress, out = plain()
     progress.samples(HOSTILE, [{"prompt": HOSTILE, "completion": HOSTILE, "reward": 0.5}])

@@ -1,0 +1,61 @@
+"""Finished runs, read from their directories and gathered by name: seeds of one setting are one group."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from rlft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run directory."""
+
+    directory: Path
+    summary: dict
+
+    @property
+    def name(self) -> str:
+        return self.summary["name"]
+
+    @property
+    def seed(self) -> int:
+        return self.summary["seed"]
+
+    @cached_property
+    def evaluations(self) -> list[dict]:
+        """The rows of metrics.jsonl that hold an evaluation, by step."""
+        return [row for row in _rows(self.directory / "metrics.jsonl") if any(key.startswith("eval/") for key in row)]
+
+    def samples(self, step: int) -> list[dict]:
+        """Return the held-out samples of the evaluation at `step`, in the order of their prompts."""
+        rows = _rows(self.directory / "samples.jsonl")
+        return [row for row in rows if row["step"] == step and row.get("split") == "eval"]
+
+
+def read_groups(paths: list[Path]) -> dict[str, list[Run]]:
+    """Return the finished runs at or below `paths`, by name and then by seed.
+
+    Raises `ConfigError` where a path holds none, or where two runs of one name have the same seed.
+    """
+    groups: dict[str, dict[int, Run]] = {}
+    for path in paths:
+        found = sorted(path.rglob("summary.json"))
+        if not found:
+            raise ConfigError(f"{path} holds no finished run (no summary.json at or below it)")
+        for file in found:
+            run = Run(file.parent, json.loads(file.read_text()))
+            other = groups.setdefault(run.name, {}).setdefault(run.seed, run)
+            if other.directory.resolve() != run.directory.resolve():
+                raise ConfigError(
+                    f"{other.directory} and {run.directory} are both seed {run.seed} of '{run.name}'; name one of them"
+                )
+    return {name: [runs[seed] for seed in sorted(runs)] for name, runs in groups.items()}
+
+
+def _rows(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

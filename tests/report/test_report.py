@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from rlft.errors import ConfigError
+from rlft.report.__main__ import main
+from rlft.report.runs import read_groups
+from rlft.report.table import interval, results, samples
+
+
+def write_run(directory, *, name="held", seed=0, rewards=(0.0, 0.5), text="a | b\nc"):
+    """A finished run of two evaluations, at steps 0 and 10."""
+    directory.mkdir(parents=True)
+    evaluations = [{"eval/reward": r, "eval/kl_completion": 4 * r} for r in rewards]
+    summary = {
+        "name": name, "seed": seed, "commit": "abc", "hardware": "a machine", "seconds": 12.3,
+        "versions": {"torch": "2", "python": "3"},
+        "evaluation": {"before": evaluations[0], "after": evaluations[-1]},
+    }  # fmt: skip
+    (directory / "summary.json").write_text(json.dumps(summary))
+    rows = [{"step": 10 * i, "num_tokens": 100 * i} | e for i, e in enumerate(evaluations)]
+    rows.insert(1, {"step": 5, "reward": 0.1})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [
+        {"step": 10 * i, "split": "eval", "prompt": f"p{p}", "completion": f"{text}{i}", "reward": r}
+        for i, r in enumerate(rewards)
+        for p in range(3)
+    ]
+    held_out.insert(0, {"step": 1, "prompt": "trained", "completion": "", "reward": 0.0})
+    (directory / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+
+
+def test_interval_is_students_by_hand():
+    mean, half = interval([1.0, 2.0, 3.0])
+    # s = 1, n = 3: t(0.975, 2 degrees of freedom) = 4.302653 (any table of Student's t), over sqrt(3)
+    assert (mean, half) == (2.0, pytest.approx(4.302652729911275 / math.sqrt(3), rel=1e-9))
+    assert math.isnan(interval([1.0])[1])
+
+
+def test_runs_of_one_name_are_seeds_of_one_group(tmp_path):
+    for seed in (2, 0):
+        write_run(tmp_path / f"a{seed}", seed=seed)
+    write_run(tmp_path / "deep" / "b", name="free")
+    groups = read_groups([tmp_path])
+    assert {name: [run.seed for run in runs] for name, runs in groups.items()} == {"held": [0, 2], "free": [0]}
+    assert [row["step"] for row in groups["held"][0].evaluations] == [0, 10]
+
+
+def test_two_runs_of_one_seed_are_refused(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b")
+    with pytest.raises(ConfigError, match="both seed 0 of 'held'"):
+        read_groups([tmp_path])
+
+
+def test_a_path_without_a_finished_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no summary\.json"):
+        read_groups([tmp_path])
+    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+
+
+def test_results_hold_before_and_after_with_the_interval_over_seeds(tmp_path):
+    for seed, after in enumerate((0.4, 0.6)):
+        write_run(tmp_path / str(seed), seed=seed, rewards=(0.1, after))
+    rows = results(read_groups([tmp_path]), ["eval/reward", "eval/absent"]).splitlines()
+    assert rows[2] == "| before training | | 0.100 | – |"
+    # s = 0.1414, half-width 12.706 * 0.1 = 1.271
+    assert rows[3] == "| held | 0, 1 | 0.500 ± 1.271 | – |"
+
+
+def test_samples_stand_side_by_side_and_break_no_table(tmp_path):
+    write_run(tmp_path / "a", rewards=(0.0, 0.25, 0.5))
+    table = samples(read_groups([tmp_path]), 2).splitlines()
+    assert table[4:] == [rf"| p{p} | a \| b\nc0 (+0.00) | a \| b\nc2 (+0.50) |" for p in (0, 1)]
+
+
+def test_the_command_writes_table_and_picture(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / str(seed), seed=seed)
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--samples", "1"]) == 0
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| held | 0, 1 |" in text and "Commit abc; a machine" in text and "#### held, seed 0" in text
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "| held | 0, 1 |" in capsys.readouterr().out

@@ -1,0 +1,47 @@
+"""The README's tree is the repository's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def tree() -> set[str]:
+    """The paths that the README's tree names, each with a phrase behind it."""
+    lines = (ROOT / "README.md").read_text().split("## The tree", 1)[1].splitlines()
+    paths, folders = set(), []
+    for line in lines:
+        if not line.startswith("    "):
+            continue
+        name, *phrase = line.split(maxsplit=1)
+        depth = (len(line) - len(line.lstrip()) - 4) // 2
+        folders = [*folders[:depth], name]
+        if name.endswith(("/", "train.yaml")) and not phrase:
+            continue
+        assert phrase, f"{name} has no phrase"
+        folders[-1] = "conf/" if name == "conf/train.yaml" else name
+        paths.add("".join(folders[:-1]) + name)
+    return paths
+
+
+def test_every_module_stands_in_the_tree():
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "rlft").rglob("*.py") if path.name != "__init__.py"}
+    assert modules - tree() == set()
+
+
+def test_everything_in_the_tree_exists():
+    assert [path for path in tree() if not (ROOT / path).exists()] == []
+
+
+def test_every_choice_of_a_group_stands_in_the_tree():
+    text = (ROOT / "README.md").read_text().split("## The tree", 1)[1]
+    folders = [path for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "data"]
+    missing = [
+        f"{folder.name}/{choice.stem}"
+        for folder in folders
+        for choice in folder.glob("*.yaml")
+        if choice.stem not in text.split(f"{folder.name}/ ", 1)[1].split("\n", 1)[0]
+        and choice.stem != "policy_gradient"
+    ]
+    assert missing == []
