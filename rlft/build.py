@@ -5,6 +5,7 @@ Order: what is cheap and can fail comes first (hardware, data), then weights, th
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,9 +17,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 
 from rlft.algos.base import Algorithm
-from rlft.config import RootConfig
+from rlft.config import GIVEN, RootConfig
 from rlft.errors import ConfigError, RlftError
 from rlft.models.base import CausalLM
+from rlft.models.reference import none as no_reference
 from rlft.rewards.compose import RewardSum
 from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer
@@ -45,6 +47,10 @@ def build(config: RootConfig) -> Job:
     accelerator = _instantiate(config.hardware).accelerator()
     torch.manual_seed(config.seed)
     tracker = _instantiate(config.tracker)
+    make_algorithm = _parts(config.algo)
+    has_reference = get_method(config.reference["_target_"]) is not no_reference
+    algorithm_type: Any = make_algorithm.func
+    algorithm_type.check(has_reference=has_reference, world_size=accelerator.num_processes, **make_algorithm.keywords)
     model_node = dict(config.model)
     tokenizer_node = model_node.pop("tokenizer", None)
     if tokenizer_node is None:
@@ -68,12 +74,12 @@ def build(config: RootConfig) -> Job:
         "world_size": accelerator.num_processes,
         "clock": clock,
     }
-    wanted = inspect.signature(get_method(config.algo["_target_"])).parameters
+    wanted = inspect.signature(make_algorithm.func).parameters
     if "rewards" in wanted:
         available["rewards"] = _rewards(config.reward)
     if "reference" in wanted:
-        available["reference"] = _instantiate(config.reference, policy=policy)
-    algorithm = _instantiate(config.algo, **{name: value for name, value in available.items() if name in wanted})
+        available["reference"] = _wired(config.reference, {name: available[name] for name in GIVEN["reference"]})
+    algorithm = make_algorithm(**{name: value for name, value in available.items() if name in wanted})
     return Job(accelerator, policy, tokenizer, algorithm, tracker, clock)
 
 
@@ -98,12 +104,23 @@ def _rewards(node: dict[str, dict]) -> RewardSum:
     )
 
 
+def _wired(node: dict, available: dict[str, Any]) -> Any:
+    """Instantiate a node with those of the available objects that its callable names."""
+    wanted = inspect.signature(get_method(node["_target_"])).parameters
+    return _instantiate(node, **{name: value for name, value in available.items() if name in wanted})
+
+
 def _instantiate(node: dict, **given: Any) -> Any:
-    """Instantiate a node; an error of ours that Hydra wrapped is raised as itself."""
+    return _parts(node)(**given)
+
+
+def _parts(node: dict) -> functools.partial:
+    """Return a node's callable with its settings and built parts; an error of ours under Hydra's is raised as itself.
+
+    What the run gives is passed at the call: Hydra would try to make configuration nodes of it.
+    """
     try:
-        # The given objects are passed by a partial: Hydra would try to make configuration nodes of them.
-        made = instantiate(node | {"_partial_": True}, _convert_="all")
-        return made(**given)
+        return instantiate(node | {"_partial_": True}, _convert_="all")
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None:

@@ -181,6 +181,10 @@ def _commit() -> str | None:
     """Return the source's git commit, with -dirty where files differ from it; None outside a checkout."""
     here = Path(__file__).parent
     result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return result.stdout.strip() or None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor
 
+from rlft.models.heads import Head
 from rlft.models.scorer import Scorer
 from rlft.trainer.batch import Batch
 from rlft.trainer.metrics import Means
@@ -26,15 +28,22 @@ class Evaluation:
     samples: list[dict] = field(default_factory=list)
 
 
-class Algorithm(Protocol):
+class Algorithm(ABC):
     """One way to turn a step number into a batch, and a batch into a loss."""
 
     objective: tuple[str, str]  # the evaluation metric that says which checkpoint is best, and "max" or "min"
-    updates_per_batch: int  # optimizer steps taken on one batch
+    updates_per_batch: int = 1  # optimizer steps taken on one batch
+    head: Head | None = None  # what is trained beside the policy: a value function, a reward head
 
+    @staticmethod
+    def check(*, has_reference: bool, world_size: int, **settings: Any) -> None:
+        """Refuse settings that make no sense together; called before anything is loaded."""
+
+    @abstractmethod
     def collect(self, batch_index: int) -> Batch:
-        """Return this rank's part of batch `batch_index`: a pure function of (weights, seed, batch_index)."""
+        """Return this rank's part of batch `batch_index`: a function of weights, `state_dict()`, seed and index."""
 
+    @abstractmethod
     def loss(self, scorer: Scorer, batch: Batch, totals: Totals, means: Means, *, update: int) -> Tensor:
         """Return a micro-batch's share of the loss and add its statistics to `means`.
 
@@ -42,13 +51,21 @@ class Algorithm(Protocol):
         on this batch: at 0 the policy is the one that sampled it.
         """
 
+    @abstractmethod
     def evaluate(self) -> Evaluation:
         """Measure the policy on held-out data, with fixed seeds."""
 
+    @abstractmethod
     def plan(self) -> list[tuple[str, str]]:
-        """Return what the user did not say but follows: derived sizes, data counts."""
+        """Return derived sizes, as names and values, for a person to read before training."""
+
+    def minibatch(self, batch: Batch, update: int) -> Batch | None:
+        """Return what optimizer step `update` on this batch trains on; None passes the step over."""
+        return batch
 
     def state_dict(self) -> dict:
-        """Return what a resumed run needs beside the weights, as JSON values."""
+        """Return what changes during a run beside weights and optimizer, as JSON values."""
+        return {}
 
-    def load_state_dict(self, state: dict) -> None: ...
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` returned."""

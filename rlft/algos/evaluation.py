@@ -84,15 +84,15 @@ class Evaluator:
         """Add the KL in nats a token and a completion, and the reference's loss on the policy's text."""
         batch, mask, temperature = Batch(rollout.rows), rollout.rows.completion_mask, self.sampling.temperature
         with self.autocast():
-            ref_logprobs, ref_hidden = frozen_scores(reference, batch, temperature=temperature, **self.limits)
-            logprobs, hidden = frozen_scores(self.policy, batch, temperature=temperature, **self.limits)
-        kl = logprobs - ref_logprobs
+            ref = frozen_scores(reference, batch, temperature=temperature, **self.limits)
+            own = frozen_scores(self.policy, batch, temperature=temperature, **self.limits)
+        kl = own.logprobs - ref.logprobs
         if self.has_exact_kl:
-            exact = exact_token_kl(self.policy, reference, hidden[mask], ref_hidden[mask], temperature=temperature)
+            exact = exact_token_kl(self.policy, reference, own.hidden[mask], ref.hidden[mask], temperature=temperature)
             kl = torch.zeros_like(kl).masked_scatter(mask, exact)
         means.add("eval/kl", kl, mask)
         means.add("eval/kl_completion", torch.where(mask, kl, 0.0).sum(dim=1))
-        means.add("eval/reference_perplexity", -ref_logprobs, mask)
+        means.add("eval/reference_perplexity", -ref.logprobs, mask)
 
 
 def distinct_n(texts: list[str], n: int) -> float:

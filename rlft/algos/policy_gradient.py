@@ -1,50 +1,65 @@
 """Every online algorithm: prompts -> rollout -> rewards -> advantages -> loss, as a composition of small parts.
 
-REINFORCE, RLOO, GRPO and Dr. GRPO are choices of an advantage, a surrogate, an aggregation and a KL penalty; each
-choice is one callable from `rlft.functional` with its formula and paper in its docstring, and the YAML files under
+REINFORCE, RLOO, GRPO, PPO and their kin are choices of an advantage, a surrogate, an aggregation, a KL penalty and
+perhaps a critic; each choice is one callable with its formula and paper in its docstring, and the YAML files under
 conf/algo/ put them together. A part is called with those of the tensors below that its signature names.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlft.algos.base import Evaluation, Totals
+from rlft.algos import combinations
+from rlft.algos.base import Algorithm, Evaluation, Totals
 from rlft.algos.evaluation import Evaluator
 from rlft.algos.kl import KLPenalty
-from rlft.algos.scoring import add_rewards, exact_token_kl, frozen_scores, sample_rows, score
-from rlft.data.prompts import Prompt, PromptData
-from rlft.errors import ConfigError, NonFiniteError
+from rlft.algos.parts import Stateful, call, parameters
+from rlft.algos.reference import FrozenSide
+from rlft.algos.rollouts import Rollouts, Sampled
+from rlft.algos.scoring import add_rollout, sample_rows
+from rlft.counted import order
+from rlft.data.prompts import PromptData
+from rlft.errors import NonFiniteError
+from rlft.functional.advantages import whiten
+from rlft.functional.aggregation import token_mean
+from rlft.functional.kl import k3
+from rlft.functional.surrogates import value_clipped
 from rlft.models.base import CausalLM
-from rlft.models.scorer import Scorer
-from rlft.rewards.compose import RewardOutput, RewardSum
-from rlft.rollout.engine import Rollout, generate
+from rlft.models.heads import Head
+from rlft.models.scorer import Scorer, Scores
+from rlft.rewards.compose import RewardSum
 from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer
 from rlft.trainer.batch import Batch
 from rlft.trainer.metrics import Clock, Means
 
-EXACT_KL_VOCABULARY = 16_384  # up to here the exact KL is logged beside its estimate: one more head product a token
 MAX_LOGPROB_DIFFERENCE = 1e-3  # between sampler and trainer in float32, nats
 
 
-class PolicyGradient:
+class PolicyGradient(Algorithm):
     """A policy-gradient algorithm over sampled completions.
 
     Arguments (beside the run's objects, which rlft/build.py hands in):
         advantage: from rewards to advantages. A part that takes a `mask` gets token rewards [B, T] (the completion's
-            reward at its last token) and gives [B, T]; any other gets completion rewards [B] and gives [B].
+            reward at its last token, a KL in the reward at each) and gives [B, T]; any other gets completion rewards
+            [B] and gives [B]. One that takes `values` gives advantages and the critic's targets.
         surrogate: per-token loss and statistics. aggregation: from tokens to a scalar.
         kl: the penalty, and what is logged as `kl`.
-        entropy_coef: entropy bonus, nats to loss units.
+        critic: makes a value head for the policy, or None. value_coef weighs its loss (a mean over tokens), value_clip
+            bounds how far a value moves on one batch, in units of the reward.
+        whiten_advantages: zero mean and unit variance over the batch's tokens.
+        entropy_coef: entropy bonus, nats to loss units; entropy_decay_batches lets it fall linearly to 0 over so many
+            batches.
         prompts_per_step, group_size: over all ranks; samples per prompt.
-        updates_per_batch: optimizer steps on one rollout (GRPO's mu); from the second on the ratio departs from 1.
+        epochs, minibatches: passes over a rollout (GRPO's mu) and optimizer steps in a pass; from the second step on
+            the ratio departs from 1. target_kl passes the rest over once KL(sampler || policy) is above it, nats a
+            token.
+        resample_zero_std: draws more prompts, up to so many times prompts_per_step, in place of groups whose rewards
+            have no spread (DAPO's dynamic sampling); 0 for off.
         eval_prompts: held-out prompts of an evaluation, one completion each.
         micro_batch, micro_batch_tokens: what one forward of the reference may hold.
         samples_per_step: completions written to samples.jsonl each step.
@@ -70,14 +85,22 @@ class PolicyGradient:
         rank: int,
         world_size: int,
         clock: Clock,
-        advantage: Callable[..., Tensor],
+        advantage: Callable[..., Tensor | tuple[Tensor, Tensor]],
         surrogate: Callable[..., tuple[Tensor, dict[str, Tensor]]],
         aggregation: Callable[..., Tensor],
         kl: KLPenalty,
+        critic: Callable[[CausalLM], Head] | None,
+        value_coef: float,
+        value_clip: float,
+        whiten_advantages: bool,
         entropy_coef: float,
+        entropy_decay_batches: int | None,
         prompts_per_step: int,
         group_size: int,
-        updates_per_batch: int,
+        epochs: int,
+        minibatches: int,
+        target_kl: float | None,
+        resample_zero_std: int,
         eval_prompts: int,
         micro_batch: int | None,
         micro_batch_tokens: int | None,
@@ -87,154 +110,171 @@ class PolicyGradient:
         min_new_tokens: int = 0,
         allow_bent_sampling: bool = False,
     ) -> None:
-        if kl.coef and reference is None:
-            raise ConfigError("a KL penalty needs a reference: set reference=initial, or algo/kl=none")
-        if prompts_per_step % world_size:
-            raise ConfigError(f"prompts_per_step={prompts_per_step} must be a multiple of the {world_size} processes")
-        if "group_size" in _parameters(advantage) and group_size < 2:
-            raise ConfigError(
-                f"group_size={group_size}: an advantage within the group needs at least 2 samples of a prompt; "
-                f"algo=reinforce goes with one"
-            )
-        if updates_per_batch < 1:
-            raise ConfigError(f"algo.updates_per_batch must be at least 1, got {updates_per_batch}")
-        if updates_per_batch > 1 and "old_logprobs" not in _parameters(surrogate):
-            raise ConfigError(
-                f"algo.updates_per_batch={updates_per_batch} needs a surrogate with a ratio (algo/surrogate=clipped): "
-                f"after the first update the score function is off policy"
-            )
         self.sampling = Sampling(
             sampling.max_new_tokens, sampling.temperature, top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens
         )
-        if not (self.sampling.is_plain or allow_bent_sampling):
-            raise ConfigError(
-                "top_k, top_p and min_new_tokens bend the sampled distribution, so that the policy gradient is biased; "
-                "set algo.allow_bent_sampling=true if that is what you want"
-            )
-        _check_room(data, max_new_tokens=sampling.max_new_tokens, context_length=policy.context_length)
-        self.policy, self.reference, self.rewards, self.data = policy, reference, rewards, data
-        self.tokenizer, self.seed, self.device, self.autocast = tokenizer, seed, device, autocast
-        self.is_float32, self.rank, self.world_size, self.clock = is_float32, rank, world_size, clock
+        self.check(
+            has_reference=reference is not None, world_size=world_size, advantage=advantage, surrogate=surrogate, kl=kl,
+            critic=critic, prompts_per_step=prompts_per_step, group_size=group_size, epochs=epochs,
+            minibatches=minibatches, target_kl=target_kl, whiten_advantages=whiten_advantages,
+            resample_zero_std=resample_zero_std, allow_bent_sampling=allow_bent_sampling,
+            top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens,
+        )  # fmt: skip
+        self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
+        self.seed, self.device, self.autocast, self.is_float32, self.clock = seed, device, autocast, is_float32, clock
         self.advantage, self.surrogate, self.aggregation, self.kl = advantage, surrogate, aggregation, kl
-        self.entropy_coef, self.group_size, self.updates_per_batch = entropy_coef, group_size, updates_per_batch
-        self.prompts_per_step, self.samples_per_step = prompts_per_step, samples_per_step
-        self.limits = {"max_rows": micro_batch, "max_tokens": micro_batch_tokens}
-        self.has_exact_kl = reference is not None and policy.vocab_size <= EXACT_KL_VOCABULARY
+        self.head = None if critic is None else critic(policy)
+        self.value_coef, self.value_clip, self.whiten_advantages = value_coef, value_clip, whiten_advantages
+        self.entropy_coef, self.entropy_decay_batches, self.entropy_coef_now = entropy_coef, entropy_decay_batches, 0.0
+        self.group_size, self.epochs, self.minibatches, self.target_kl = group_size, epochs, minibatches, target_kl
+        self.updates_per_batch, self.samples_per_step = epochs * minibatches, samples_per_step
+        limits = {"max_rows": micro_batch, "max_tokens": micro_batch_tokens}
+        self.frozen = FrozenSide(
+            policy=policy, reference=reference, kl=kl, head=self.head, sampling=self.sampling, autocast=autocast,
+            limits=limits,
+        )  # fmt: skip
+        self.rollouts = Rollouts(
+            policy=policy, rewards=rewards, data=data, tokenizer=tokenizer, sampling=self.sampling, seed=seed,
+            device=device, autocast=autocast, clock=clock, rank=rank, world_size=world_size,
+            prompts_per_step=prompts_per_step, group_size=group_size, max_draws=max(1, resample_zero_std),
+        )  # fmt: skip
         self.evaluator = Evaluator(
             policy=policy, reference=reference, rewards=rewards, data=data, tokenizer=tokenizer,
-            sampling=self.sampling, device=device, autocast=autocast, limits=self.limits,
-            has_exact_kl=self.has_exact_kl, num_prompts=eval_prompts,
+            sampling=self.sampling, device=device, autocast=autocast, limits=limits,
+            has_exact_kl=self.frozen.has_exact, num_prompts=eval_prompts,
         )  # fmt: skip
+        self._batch_index = 0
+        self._moved = [0.0, 0.0]  # KL(sampler || policy) of the last update: sum and tokens
+
+    check = staticmethod(combinations.check)  # type: ignore[assignment]  # it names the settings that it looks at
 
     def collect(self, batch_index: int) -> Batch:
         """prompts -> rollout -> rewards -> advantages, for this rank's share of the prompts."""
-        prompts = self._prompts(batch_index)
-        with self.clock("rollout"):
-            rollout = self._rollout(prompts, batch_index)
-        prompt_of_row = [prompt for prompt in prompts for _ in range(self.group_size)]
-        with self.clock("reward"):
-            scored = score(self.rewards, self.tokenizer, prompt_of_row, rollout)
+        self._batch_index = batch_index
+        self.kl.start_batch()
+        decay = self.entropy_decay_batches
+        self.entropy_coef_now = self.entropy_coef * (max(0.0, 1.0 - batch_index / decay) if decay else 1.0)
+        sampled = self.rollouts(batch_index, needs_greedy="greedy_rewards" in parameters(self.advantage))
         with self.clock("reference"):
-            values = self._frozen_values(rollout)
-        rewards = scored.total.to(self.device)
-        mask = rollout.rows.completion_mask
-        if self.kl.is_in_reward:
-            penalty = self.kl(values["old_logprobs"], values["ref_logprobs"])
-            rewards = rewards - self.kl.coef * torch.where(mask, penalty, 0.0).sum(dim=1)
-        values["advantages"] = self._advantages(rewards, mask)
-        means = self._metrics(scored, rollout)
-        return Batch(rollout.rows, values, means, self._samples(prompt_of_row, rollout, scored, values["advantages"]))
+            values = self.frozen.values(sampled.rollout)
+        values |= self._advantages(sampled, values)
+        means, mask = Means(), sampled.rollout.rows.completion_mask
+        add_rollout(means, sampled.scored, sampled.rollout, group_size=self.group_size)
+        if self.reference is not None:
+            log_ratio = torch.where(mask, values["old_logprobs"] - values["ref_logprobs"], 0.0).double()
+            self.kl.end_batch(
+                kl_completion=float(log_ratio.sum(dim=1).mean()), num_tokens=int(mask.sum()), num_completions=len(mask)
+            )
+            means.add("kl_coef", torch.tensor(self.kl.coef))
+        if self.rollouts.max_draws > 1:
+            means.add("sampling/draws", torch.tensor(float(sampled.num_draws)))
+        return Batch(sampled.rollout.rows, values, means, self._samples(sampled, values["advantages"]))
+
+    def minibatch(self, batch: Batch, update: int) -> Batch | None:
+        """Return the rows of optimizer step `update`: each epoch goes through the batch in an order of its own."""
+        kl_sum, num_tokens = self._moved
+        if update and self.target_kl is not None and kl_sum > self.target_kl * num_tokens:
+            return None  # and so for the updates that are left: nothing moves the policy any more
+        self._moved = [0.0, 0.0]
+        if self.minibatches == 1:
+            return batch
+        epoch, part = divmod(update, self.minibatches)
+        size = batch.num_rows // self.minibatches
+        start = (self._batch_index * self.epochs + epoch) * batch.num_rows + part * size
+        rows = order(batch.num_rows, seed=self.seed, start=start, count=size)
+        return batch.select(torch.as_tensor(rows, device=self.device).sort().values)
 
     def loss(self, scorer: Scorer, batch: Batch, totals: Totals, means: Means, *, update: int) -> Tensor:
-        """Return aggregation(surrogate + kl_coef * kl - entropy_coef * entropy) over a micro-batch."""
+        """Return aggregation(surrogate + kl_coef kl - entropy_coef entropy) + value_coef value loss."""
         mask, values = batch.rows.completion_mask, batch.values
-        scores = scorer(batch.rows, temperature=self.sampling.temperature, entropy_grad=self.entropy_coef != 0)
-        logprobs = scores.logprobs
-        old_logprobs, advantages = values["old_logprobs"], values["advantages"]
-        per_token, statistics = _call(
-            self.surrogate, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask
+        entropy_coef = self.entropy_coef_now
+        scores = scorer(batch.rows, temperature=self.sampling.temperature, entropy_grad=entropy_coef != 0)
+        logprobs, old_logprobs = scores.logprobs, values["old_logprobs"]
+        per_token, statistics = call(
+            self.surrogate, logprobs=logprobs, old_logprobs=old_logprobs, advantages=values["advantages"], mask=mask
         )
         if self.reference is not None:
-            kl = self.kl(logprobs, values["ref_logprobs"])
-            means.add("kl", kl, mask)
+            kl = self.frozen.token_kl(scores, values, mask, means)
             if self.kl.is_in_loss:
                 per_token = per_token + self.kl.coef * kl
-        if self.reference is not None and self.has_exact_kl:
-            ref_hidden, temperature = values["ref_hidden"][mask], self.sampling.temperature
-            exact = exact_token_kl(self.policy, self.reference, scores.hidden, ref_hidden, temperature=temperature)
-            means.add("kl_exact", exact)
-        if self.entropy_coef:
-            per_token = per_token - self.entropy_coef * scores.entropy
+        if entropy_coef:
+            per_token = per_token - entropy_coef * scores.entropy
         means.add("entropy", scores.entropy, mask)
         for name, statistic in statistics.items():
             means.add(f"{name}_mean" if name.startswith("clip_ratio/") else name, statistic, mask)
         if update == 0:
             self._check_sampler(logprobs, old_logprobs, mask, means)
-        return _call(
+        if self.updates_per_batch > 1:
+            moved = torch.where(
+                mask, k3(old_logprobs, logprobs.detach()), 0.0
+            )  # from the sampler's tokens: KL(old || new)
+            means.add("policy/approxkl", moved, mask)
+            self._moved = [self._moved[0] + float(moved.sum()), self._moved[1] + float(mask.sum())]
+        total = call(
             self.aggregation, x=per_token, mask=mask, num_tokens=totals.num_tokens, num_sequences=totals.num_sequences
         )
+        return total + self._value_loss(scores, values, mask, totals, means)
 
     def evaluate(self) -> Evaluation:
         return self.evaluator()
 
     def plan(self) -> list[tuple[str, str]]:
-        samples, new = self.prompts_per_step * self.group_size, self.sampling.max_new_tokens
+        kl = f"{self.kl.base_coef:g} x {self.kl.estimator} in the {self.kl.where}" if self.kl.base_coef else "none"
+        steps = f"{self.epochs} x {self.minibatches} = {self.updates_per_batch}" if self.updates_per_batch > 1 else "1"
         return [
-            ("samples per step", f"{self.prompts_per_step} prompts x {self.group_size} = {samples:,}"),
-            ("new tokens per step", f"at most {samples:,} x {new} = {samples * new:,}"),
-            ("optimizer steps per batch", f"{self.updates_per_batch}"),
-            ("rewards", ", ".join(f"{weight:g} x {name}" for name, weight in self.rewards.weights.items())),
-            (
-                "KL penalty",
-                f"{self.kl.coef:g} x {self.kl.estimator} in the {self.kl.where}" if self.kl.coef else "none",
-            ),
-            *((f"data: {name}", f"{count:,}") for name, count in self.data.counts.items()),
+            *self.rollouts.plan(),
+            ("optimizer steps per batch", steps),
+            ("rewards", ", ".join(f"{weight:g} x {name}" for name, weight in self.rollouts.rewards.weights.items())),
+            ("KL penalty", kl),
+            *((f"data: {name}", f"{count:,}") for name, count in self.rollouts.data.counts.items()),
         ]
 
     def state_dict(self) -> dict:
-        return {}
+        state = {"kl": self.kl.state_dict(), "rollouts": self.rollouts.state_dict()}
+        return state | ({"advantage": self.advantage.state_dict()} if isinstance(self.advantage, Stateful) else {})
 
     def load_state_dict(self, state: dict) -> None:
-        pass
+        self.kl.load_state_dict(state["kl"])
+        self.rollouts.load_state_dict(state["rollouts"])
+        if isinstance(self.advantage, Stateful):
+            self.advantage.load_state_dict(state["advantage"])
 
-    def _prompts(self, batch_index: int) -> list[Prompt]:
-        prompts = self.data.batch(batch_index, size=self.prompts_per_step, seed=self.seed)
-        share = self.prompts_per_step // self.world_size
-        return prompts[self.rank * share : (self.rank + 1) * share]
-
-    def _rollout(self, prompts: list[Prompt], batch_index: int) -> Rollout:
-        with self.autocast():
-            return generate(
-                self.policy, [p.ids for p in prompts], group_size=self.group_size, sampling=self.sampling,
-                eos_id=self.tokenizer.eos_id, seed=self.seed, step=batch_index,
-                first_prompt=self.rank * len(prompts), device=self.device,
-            )  # fmt: skip
-
-    def _frozen_values(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Return old_logprobs [B, T] and, with a reference, ref_logprobs [B, T] and perhaps ref_hidden [B, T, C]."""
-        values, batch = {"old_logprobs": rollout.logprobs}, Batch(rollout.rows)
-        temperature = self.sampling.temperature
-        if not self.sampling.is_plain:
-            with self.autocast():
-                values["old_logprobs"] = frozen_scores(self.policy, batch, temperature=temperature, **self.limits)[0]
-        if self.reference is not None:
-            with self.autocast():
-                logprobs, hidden = frozen_scores(self.reference, batch, temperature=temperature, **self.limits)
-            values["ref_logprobs"] = logprobs
-            if self.has_exact_kl:
-                values["ref_hidden"] = hidden
-        return values
-
-    def _advantages(self, rewards: Tensor, mask: Tensor) -> Tensor:
-        """Return [B, T] advantages, 0 outside the mask and in rows that no reward counts."""
-        if "mask" in _parameters(self.advantage):
-            last = rewards.new_zeros(mask.shape)
-            rows = torch.arange(len(mask), device=mask.device)
-            last[rows, mask.sum(dim=1) - 1] = rewards.nan_to_num(0.0)
-            advantages = _call(self.advantage, rewards=last, mask=mask)
+    def _advantages(self, sampled: Sampled, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return advantages [B, T], 0 outside the mask and in rows that no reward counts; with a critic returns too."""
+        mask, rewards = sampled.rollout.rows.completion_mask, sampled.scored.total.to(self.device)
+        counted = mask & ~rewards.isnan()[:, None]
+        penalty = torch.zeros_like(values["old_logprobs"])
+        if self.kl.is_in_reward:
+            penalty = self.kl.coef * self.frozen.sampled_kl(sampled.rollout.rows, values)
+        if "mask" in parameters(self.advantage):
+            token_rewards = -penalty
+            last = (torch.arange(len(mask), device=mask.device), mask.sum(dim=1) - 1)
+            token_rewards[last] += rewards.nan_to_num(0.0).to(penalty.dtype)
+            made = call(self.advantage, rewards=token_rewards, mask=counted, values=values.get("old_values"))
         else:
-            advantages = _call(self.advantage, rewards=rewards, group_size=self.group_size)[:, None]
-        return torch.where(mask & ~rewards.isnan()[:, None], advantages, 0.0)
+            greedy = None if sampled.greedy_rewards is None else sampled.greedy_rewards.to(self.device)
+            made = call(
+                self.advantage, rewards=rewards - penalty.sum(dim=1), group_size=self.group_size, greedy_rewards=greedy
+            )[:, None].expand(mask.shape)
+        advantages, returns = made if isinstance(made, tuple) else (made, None)
+        if self.whiten_advantages:
+            advantages = whiten(advantages, counted)
+        result = {"advantages": torch.where(counted, advantages, 0.0)}
+        return result if returns is None else result | {"returns": returns, "has_return": counted}
+
+    def _value_loss(
+        self, scores: Scores, values: dict[str, Tensor], mask: Tensor, totals: Totals, means: Means
+    ) -> Tensor:
+        """Return value_coef times the clipped squared error, a mean over the batch's tokens; 0 without a critic."""
+        if scores.values is None:
+            return scores.logprobs.new_zeros(())
+        has_return = values["has_return"]
+        error, statistics = value_clipped(scores.values, values["old_values"], values["returns"], clip=self.value_clip)
+        means.add("loss/value", error, has_return)
+        means.add("val/mean", values["old_values"], mask)
+        for name, statistic in statistics.items():
+            means.add(name, statistic, has_return)
+        return self.value_coef * token_mean(error, has_return, num_tokens=totals.num_tokens)
 
     def _check_sampler(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, means: Means) -> None:
         difference = (logprobs.detach() - old_logprobs).abs()
@@ -246,43 +286,7 @@ class PolicyGradient:
                 f"{MAX_LOGPROB_DIFFERENCE:g}): the policy that sampled is not the one that is trained"
             )
 
-    def _metrics(self, scored: RewardOutput, rollout: Rollout) -> Means:
-        means, mask = Means(), rollout.rows.completion_mask
-        add_rewards(means, scored)
-        if self.group_size > 1:
-            groups = scored.total.view(-1, self.group_size)
-            counted = ~groups.isnan()
-            centred = torch.where(counted, groups - groups.nanmean(dim=1, keepdim=True), 0.0)
-            std = (centred.square().sum(dim=1) / (counted.sum(dim=1) - 1).clamp(min=1)).sqrt()
-            means.add("reward_std", std)
-            means.add("frac_reward_zero_std", std < 1e-8)
-        lengths = mask.sum(dim=1)
-        means.add("completions/mean_length", lengths)
-        means.add_max("completions/max_length", lengths)
-        means.add("completions/clipped_ratio", torch.tensor([r == "length" for r in rollout.finish_reasons]))
-        return means
-
-    def _samples(self, rows: list[Prompt], rollout: Rollout, scored: RewardOutput, advantages: Tensor) -> list[dict]:
-        samples = sample_rows(self.tokenizer, rows, rollout, scored)[: self.samples_per_step]
-        return [row | {"advantage": float(a)} for row, a in zip(samples, advantages[:, 0].tolist(), strict=False)]
-
-
-def _check_room(data: PromptData, *, max_new_tokens: int, context_length: int) -> None:
-    """Refuse prompts that leave no room for a whole completion, so that nothing is cut short silently."""
-    prompts = [prompt for split in ("train", "validation") for prompt in data.prompts(split)]
-    longest = max(prompts, key=lambda prompt: len(prompt.ids), default=None)
-    if longest is not None and len(longest.ids) + max_new_tokens > context_length:
-        raise ConfigError(
-            f"{longest.where}: a prompt of {len(longest.ids)} tokens and max_new_tokens={max_new_tokens} do not fit "
-            f"the model's context of {context_length}: lower max_new_tokens, or leave long prompts out by "
-            f"data.max_prompt_tokens={max(1, context_length - max_new_tokens)} data.on_long=skip"
-        )
-
-
-def _parameters(part: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(part).parameters)
-
-
-def _call(part: Callable[..., Any], **available: Any) -> Any:
-    """Call a part with those of the available tensors that its signature names."""
-    return part(**{name: value for name, value in available.items() if name in _parameters(part)})
+    def _samples(self, sampled: Sampled, advantages: Tensor) -> list[dict]:
+        rows = sample_rows(self.tokenizer, sampled.prompt_of_row, sampled.rollout, sampled.scored)
+        firsts = advantages[:, 0].tolist()
+        return [row | {"advantage": a} for row, a in zip(rows[: self.samples_per_step], firsts, strict=False)]

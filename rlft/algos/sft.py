@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlft.algos.base import Evaluation, Totals
+from rlft.algos.base import Algorithm, Evaluation, Totals
 from rlft.data.text import TextData
 from rlft.functional.aggregation import token_mean
 from rlft.models.base import CausalLM
@@ -23,7 +23,7 @@ from rlft.trainer.metrics import Means
 EVAL_ROWS = 32  # blocks in one forward of an evaluation
 
 
-class SFT:
+class SFT(Algorithm):
     """Next-token training on blocks of text, evaluated by the perplexity of held-out blocks.
 
     Arguments:
@@ -33,7 +33,6 @@ class SFT:
     """
 
     objective = ("eval/loss", "min")
-    updates_per_batch = 1
 
     def __init__(
         self,
@@ -78,12 +77,6 @@ class SFT:
         return [("tokens per step", f"{self.rows_per_step} blocks x {block} = {self.rows_per_step * block:,}")] + [
             (f"data: {name}", f"{count:,}") for name, count in self.data.counts.items()
         ]
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
 
     def _samples(self) -> list[dict]:
         if self.tokenizer.eos_id is None:

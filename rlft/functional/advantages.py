@@ -129,6 +129,109 @@ def leave_one_out(rewards: Tensor, *, group_size: int) -> Tensor:
     return (centred * num / (num - 1).clamp(min=1)).flatten()
 
 
+def greedy_baseline(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
+    """Return each reward minus the reward of its prompt's greedy completion (ReMax, arXiv:2310.10505, eq. 6).
+
+        A_i = r_i - r_greedy
+
+    The baseline is no sample, so the gradient is unbiased for groups of any size.
+
+    Args:
+        rewards: [B]; nan is not counted.
+        greedy_rewards: [B], of the greedy completion of each row's prompt; where it is nan the row is not counted.
+
+    Returns:
+        [B], 0 where not counted.
+    """
+    require_same_shape(rewards=rewards, greedy_rewards=greedy_rewards)
+    return (rewards - greedy_rewards).nan_to_num(0.0)
+
+
+def beta_normalized(rewards: Tensor, *, group_size: int) -> Tensor:
+    """Return BNPO's advantages for rewards of 0 and 1 (arXiv:2506.02864, sections 3.2 and 3.3).
+
+        A_i = (r_i - p) / f(p; 1 + a/3, 1 + b/3),   p = mean(r) of the group, f the density of a Beta distribution
+
+    a and b are those of the Beta distribution with the mean and (ddof 1) variance of p over the groups of the batch.
+    Where they do not exist (one group, or all p equal) f is 1, which is `group_mean`.
+
+    Args:
+        rewards: [B] of 0 and 1, row = prompt * group_size + member; nan is not counted.
+        group_size: completions of each prompt, at least 2.
+
+    Returns:
+        [B], exactly 0 throughout a group of equal rewards.
+
+    Raises:
+        ValueError: for rewards other than 0 and 1, and a group of 1.
+    """
+    _refuse_group_of_one("beta_normalized", group_size)
+    if not ((rewards == 0) | (rewards == 1) | rewards.isnan()).all():
+        raise ValueError("beta_normalized is for rewards of 0 and 1; for others take group_zscore or leave_one_out")
+    centred, num = _centred(rewards, group_size)
+    p = rewards.reshape(-1, group_size).nan_to_num(0.0).sum(-1, keepdim=True) / num.clamp(min=1)
+    counted = p[num > 0]
+    mean, variance = counted.mean(), counted.var() if len(counted) > 1 else torch.zeros_like(p[0, 0])
+    if variance <= 0 or variance >= mean * (1 - mean):
+        return centred.flatten()
+    strength = mean * (1 - mean) / variance - 1
+    alpha, beta = 1 + mean * strength / 3, 1 + (1 - mean) * strength / 3
+    log_norm = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
+    inside = p.clamp(1e-6, 1 - 1e-6)  # at 0 and 1 the density may be 0, and so is r - p
+    density = ((alpha - 1) * inside.log() + (beta - 1) * torch.log1p(-inside) - log_norm).exp()
+    return (centred / density).flatten()
+
+
+def best_of_group(rewards: Tensor, *, group_size: int) -> Tensor:
+    """Return 1 for the best completion of each group and 0 for the others (RAFT, arXiv:2304.06767; best of n).
+
+    As an advantage of the score function it is maximum likelihood of the best completions: expert iteration. Of equals
+    the first is taken; a group of equal rewards has no best one and is left out.
+
+    Args:
+        rewards: [B], row = prompt * group_size + member; nan is not counted.
+        group_size: completions of each prompt, at least 2.
+
+    Returns:
+        [B] of 0 and 1.
+
+    Raises:
+        ValueError: for a group of 1.
+    """
+    _refuse_group_of_one("best_of_group", group_size)
+    centred, _ = _centred(rewards, group_size)
+    ranked = torch.where(rewards.isnan(), -torch.inf, rewards).reshape(-1, group_size)
+    best = torch.zeros_like(centred).scatter(-1, ranked.argmax(-1, keepdim=True), 1.0)
+    return torch.where((centred != 0).any(-1, keepdim=True), best, 0.0).flatten()
+
+
+def reward_weighted(rewards: Tensor, *, group_size: int, beta: float) -> Tensor:
+    """Return reward-weighted regression's weights (Peters and Schaal, 2007; AWR, arXiv:1910.00177, eq. 8).
+
+        w_i = G softmax(r / beta)_i   over the group, so that weights average to 1
+
+    As an advantage of the score function: weighted maximum likelihood. Its target is pi exp(r / beta) / Z, the optimum
+    of the reward under a KL of strength beta to the policy that sampled. A baseline in r cancels in the softmax.
+
+    Args:
+        rewards: [B], row = prompt * group_size + member; nan is not counted.
+        group_size: completions of each prompt, at least 2.
+        beta: temperature, in units of the reward; greater than 0.
+
+    Returns:
+        [B], at least 0; 0 where not counted.
+
+    Raises:
+        ValueError: for a group of 1 and a beta that is not positive.
+    """
+    _refuse_group_of_one("reward_weighted", group_size)
+    if not beta > 0.0:
+        raise ValueError(f"beta must be greater than 0, in units of the reward, got {beta}")
+    _, num = _centred(rewards, group_size)
+    scaled = torch.where(rewards.isnan(), -torch.inf, rewards / beta).reshape(-1, group_size)
+    return (torch.softmax(scaled, dim=-1).nan_to_num(0.0) * num).flatten()
+
+
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """Return `x` scaled to unit variance over the counted entries of the whole tensor.
 

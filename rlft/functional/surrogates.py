@@ -165,6 +165,42 @@ def sequence_ratio(
     return zero_outside(-gain, counted), _clip_statistics(ratio, advantages, counted, clip_low, clip_high)
 
 
+def sapo(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    tau_pos: float = 1.0,
+    tau_neg: float = 1.05,
+) -> Surrogate:
+    """Return SAPO's loss (arXiv:2511.20347, eq. 5 and 6): a soft gate in place of the clip.
+
+        loss_t = -(4 / tau) sigmoid(tau (r - 1)) A_t,   tau = tau_pos where A > 0, else tau_neg
+
+    At r = 1 its gradient is the policy gradient's; away from it the gate closes smoothly.
+
+    Args:
+        logprobs: [B, T] floating, of the current policy.
+        old_logprobs: [B, T], of the policy that sampled.
+        advantages: [B, T], [B, 1] or [B].
+        tau_pos, tau_neg: how fast the gate closes; greater than 0, and in the paper larger for negative advantages.
+
+    Returns:
+        loss [B, T], and `ratio`.
+
+    Raises:
+        ValueError: for a tau that is not positive.
+    """
+    if not (tau_pos > 0.0 and tau_neg > 0.0):
+        raise ValueError(f"tau_pos and tau_neg must be greater than 0, got {tau_pos} and {tau_neg}")
+    advantages = _per_token(advantages, logprobs)
+    log_ratio, sound = _log_ratio(logprobs, old_logprobs, advantages)
+    advantages, ratio = torch.where(sound, advantages, 0.0), log_ratio.exp()
+    tau = torch.where(advantages > 0, tau_pos, tau_neg)
+    gain = torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau) * advantages
+    return torch.where(sound, -gain, torch.nan), {"ratio": torch.where(sound, ratio.detach(), torch.nan)}
+
+
 def value_clipped(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float) -> Surrogate:
     """Return PPO's value loss: the larger of the plain and the clipped squared error, times 1/2.
 

@@ -43,6 +43,7 @@ class CausalLM(nn.Module, ABC):
     vocab_size: int
     context_length: int  # the largest number of positions, prompt and completion together
     cache_shape: CacheShape
+    mask_id: int | None = None  # stands for a hidden token where attention goes both ways; None: it is causal
 
     @abstractmethod
     def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -65,20 +66,35 @@ class CausalLM(nn.Module, ABC):
     def save_hf(self, directory: str | Path, *, eos_id: int | None = None) -> None:
         """Write config and weights in Hugging Face format, so that `AutoModelForCausalLM` gives the same logits.
 
-        `eos_id` is the tokenizer's end-of-text token, at which `generate` shall stop.
+        `eos_id` is the tokenizer's end-of-text token, at which `generate` shall stop. A bidirectional model, for which
+        there is no such class, is written as one of our checkpoints instead: `policy.safetensors` alone.
         """
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def configure_optimizers(
-        self, *, learning_rate: float, weight_decay: float, betas: tuple[float, float], eps: float = 1e-8
+        self,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float = 1e-8,
+        head: nn.Module | None = None,
+        head_scale: float = 1.0,
     ) -> torch.optim.AdamW:
-        """Return AdamW with decay for matrices and embeddings and none for biases and norms, fused where available."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        """Return AdamW with decay for matrices and embeddings and none for biases and norms, fused where available.
+
+        A `head` that is trained beside the policy has groups of its own, at `head_scale` times the learning rate (each
+        group's `scale`).
+        """
+        groups, trained = [], []
+        for module, scale in ((self, 1.0), (head, head_scale)):
+            parameters = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+            matrices, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+            for params, decay in ((matrices, weight_decay), (others, 0.0)):
+                if params:
+                    groups.append({"params": params, "weight_decay": decay, "scale": scale})
+            trained += parameters
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)

@@ -35,7 +35,7 @@ def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> N
             points = [(row[KL], row[reward]) for at in rows for row in at]
             right.scatter(*zip(*points, strict=True), s=9, alpha=0.6, **style)
             right.plot([interval([row[KL] for row in at])[0] for at in rows], means, alpha=0.6, **style)
-    left.set(xlabel="completion tokens trained on", ylabel=f"held-out {reward.removeprefix('eval/')}")
+    left.set(xlabel="completion tokens", ylabel=f"held-out {reward.removeprefix('eval/')}")
     right.set(xlabel="KL to the reference, nats a completion")
     left.legend(fontsize="small")
     for axes in (left, right):

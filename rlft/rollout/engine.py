@@ -34,6 +34,38 @@ class Rollout:
         return [ids[:n] for ids, n in zip(self.rows.completion_ids.tolist(), lengths, strict=True)]
 
 
+def select_prompts(rollout: Rollout, prompts: list[int], *, group_size: int) -> Rollout:
+    """Return the groups of these prompts (indices in ascending order), as a rollout of theirs alone would be."""
+    rows = [p * group_size + i for p in prompts for i in range(group_size)]
+    old = rollout.rows
+    prompt_of_row = torch.arange(len(prompts), device=old.prompt_of_row.device).repeat_interleave(group_size)
+    kept = Rows(
+        old.prompt_ids[prompts], old.prompt_lengths[prompts], prompt_of_row, old.completion_ids[rows],
+        old.completion_mask[rows],
+    )  # fmt: skip
+    return Rollout(kept, rollout.logprobs[rows], [rollout.finish_reasons[row] for row in rows])
+
+
+def concatenate(rollouts: list[Rollout]) -> Rollout:
+    """Return several rollouts of the same group size as one, padded on the right to the longest."""
+    rows = [rollout.rows for rollout in rollouts]
+    starts = torch.tensor([0, *(len(r.prompt_ids) for r in rows)]).cumsum(0).tolist()
+    merged = Rows(
+        _stack([r.prompt_ids for r in rows]),
+        torch.cat([r.prompt_lengths for r in rows]),
+        torch.cat([r.prompt_of_row + start for r, start in zip(rows, starts, strict=False)]),
+        _stack([r.completion_ids for r in rows]),
+        _stack([r.completion_mask for r in rows]),
+    )
+    reasons = [reason for rollout in rollouts for reason in rollout.finish_reasons]
+    return Rollout(merged, _stack([rollout.logprobs for rollout in rollouts]), reasons)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+
 @torch.no_grad()
 def generate(
     policy: CausalLM,

@@ -53,6 +53,14 @@ class Batch:
         values = {k: v[start:stop, :width] if v.dim() > 1 else v[start:stop] for k, v in self.values.items()}
         return Batch(cut, values)
 
+    def select(self, index: Tensor) -> Batch:
+        """Return the rows of `index` (int64, ascending) with all prompts."""
+        r = self.rows
+        rows = Rows(
+            r.prompt_ids, r.prompt_lengths, r.prompt_of_row[index], r.completion_ids[index], r.completion_mask[index]
+        )
+        return Batch(rows, {name: value[index] for name, value in self.values.items()})
+
     def micro_batches(self, *, max_rows: int | None = None, max_tokens: int | None = None) -> Iterator[Batch]:
         """Cut into consecutive micro-batches of at most `max_rows` rows and `max_tokens` padded tokens each.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlft.errors import CheckpointError
 from rlft.models.base import CausalLM
@@ -33,15 +33,24 @@ class Checkpoints:
         self.directory, self.keep = directory, keep
 
     def save(
-        self, step: int, policy: CausalLM, optimizer: torch.optim.Optimizer, state: dict, *, best_step: int | None
+        self,
+        step: int,
+        policy: CausalLM,
+        optimizer: torch.optim.Optimizer,
+        state: dict,
+        *,
+        best_step: int | None,
+        head: nn.Module | None = None,
     ) -> Path:
         """Write `step_<step>` whole, then drop those that are neither among the newest nor the best."""
         final = self.directory / f"{_PREFIX}{step:08d}"
         temporary = self.directory / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        weights = {name: tensor.contiguous() for name, tensor in policy.state_dict().items()}
-        save_file(weights, temporary / "policy.safetensors", metadata={CONFIG_KEY: json.dumps(policy.config_dict())})
+        metadata = {CONFIG_KEY: json.dumps(policy.config_dict())}
+        save_file(_weights(policy), temporary / "policy.safetensors", metadata=metadata)
+        if head is not None:
+            save_file(_weights(head), temporary / "head.safetensors")
         save_file(_flatten(optimizer.state_dict()["state"]), temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
         manifest = {}
@@ -63,8 +72,15 @@ class Checkpoints:
         found = self.directory.glob(f"{_PREFIX}*")
         return sorted(int(path.name.removeprefix(_PREFIX)) for path in found if path.name[len(_PREFIX) :].isdigit())
 
-    def load(self, step: int, policy: CausalLM, optimizer: torch.optim.Optimizer | None = None) -> dict:
-        """Load a verified checkpoint into `policy` and `optimizer` and return its state.
+    def load(
+        self,
+        step: int,
+        policy: CausalLM,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        head: nn.Module | None = None,
+    ) -> dict:
+        """Load a verified checkpoint into `policy`, `optimizer` and `head` and return its state.
 
         Raises `CheckpointError` where a file is missing, has another size or sum, or does not fit the model.
         """
@@ -74,9 +90,11 @@ class Checkpoints:
         try:
             weights = load_file(path / "policy.safetensors")
             policy.load_state_dict(weights)
+            if head is not None:
+                head.load_state_dict(load_file(path / "head.safetensors"))
             if optimizer is not None:
                 _restore(optimizer, load_file(path / "optimizer.safetensors"), path)
-        except (RuntimeError, SafetensorError) as error:
+        except (RuntimeError, FileNotFoundError, SafetensorError) as error:
             raise CheckpointError(f"{path} does not fit the configured model: {error}") from error
         return json.loads((path / "state.json").read_text())
 
@@ -117,6 +135,10 @@ def _check_config(path: Path, policy: CausalLM) -> None:
     if saved != ours:
         differ = [f"{k}={saved.get(k)} (configured: {v})" for k, v in ours.items() if saved.get(k) != v]
         raise CheckpointError(f"{path} does not fit the configured model: it has {', '.join(differ) or saved}")
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
 
 
 def _flatten(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

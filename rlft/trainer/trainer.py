@@ -61,7 +61,7 @@ class TrainState:
     """All that changes during a run beside weights, optimizer and algorithm; saved in every checkpoint."""
 
     step: int = 0  # optimizer steps done
-    num_tokens: int = 0  # completion tokens trained on
+    num_tokens: int = 0  # completion tokens sampled, or read from a data set
     seconds: float = 0.0  # over all starts of this run
     non_finite: int = 0  # steps skipped, in all
     non_finite_in_row: int = 0
@@ -90,15 +90,17 @@ class Trainer:
         updates = algorithm.updates_per_batch
         if settings.steps % updates:
             raise ConfigError(
-                f"steps={settings.steps} must be a multiple of algo.updates_per_batch={updates}, as a run ends between "
-                f"batches: steps={-(-settings.steps // updates) * updates}"
+                f"steps={settings.steps} must be a multiple of the {updates} optimizer steps on a batch (algo.epochs x "
+                f"algo.minibatches), as a run ends between batches: steps={-(-settings.steps // updates) * updates}"
             )
         self.policy, self.algorithm, self.settings = policy, algorithm, settings
         self.accelerator, self.tracker, self.progress, self.clock = accelerator, tracker, progress, clock
+        head = algorithm.head
         optimizer = policy.configure_optimizers(
-            learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
-        )
-        self.scorer, self.optimizer = accelerator.prepare(Scorer(policy), optimizer)
+            learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas,
+            head=head, head_scale=1.0 if head is None else head.lr_scale,
+        )  # fmt: skip
+        self.scorer, self.optimizer = accelerator.prepare(Scorer(policy, head), optimizer)
         self.run_dir = run_dir
         self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.keep)
         self.metrics_file, self.samples_file = (
@@ -113,7 +115,7 @@ class Trainer:
         steps = self.checkpoints.steps()
         step = steps[-1] if steps else 0
         if steps:
-            saved = self.checkpoints.load(step, self.policy, self._inner_optimizer)
+            saved = self.checkpoints.load(step, self.policy, self._inner_optimizer, head=self.algorithm.head)
             self.state = TrainState(**saved["trainer"])
             self.algorithm.load_state_dict(saved["algorithm"])
         for file in (self.metrics_file, self.samples_file):
@@ -151,45 +153,53 @@ class Trainer:
     def step(self, step: int) -> dict[str, float]:
         """Take one optimizer step: batch, loss over micro-batches, clip, step; returns its metrics."""
         began = time.perf_counter()
-        updates = self.algorithm.updates_per_batch
-        if self.batch is None or step % updates == 0:
-            self.batch = self.algorithm.collect(step // updates)
+        update = step % self.algorithm.updates_per_batch
+        if self.batch is None or update == 0:
+            self.batch = self.algorithm.collect(step // self.algorithm.updates_per_batch)
+            self.state.num_tokens += int(self._totals(self.batch).num_tokens)
             for sample in self.batch.samples:
                 self.samples_file.write({"step": step + 1} | sample)
+        metrics = self.batch.means.reduce(self.accelerator)
         with self.clock("update"):
-            means, loss = Means(), 0.0
-            totals = self._totals(self.batch)
-            micro_batches = list(
-                self.batch.micro_batches(
-                    max_rows=self.settings.micro_batch, max_tokens=self.settings.micro_batch_tokens
-                )
-            )
-            self.scorer.train()
-            for i, micro in enumerate(micro_batches):
-                is_last = i == len(micro_batches) - 1
-                with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
-                    share = self.algorithm.loss(self.scorer, micro, totals, means, update=step % updates)
-                    # Ranks average their gradients; a loss over global counts wants their sum.
-                    self.accelerator.backward(share * self.accelerator.num_processes)
-                loss += float(share.detach())
-            learning_rate_now = self._learning_rate(step)
-            grad_norm = self._update(loss, learning_rate_now)
+            batch = self.algorithm.minibatch(self.batch, update)
+            if batch is not None:
+                metrics |= self._optimize(batch, step, update)
         self.state.step = step + 1
-        self.state.num_tokens += int(totals.num_tokens)
         seconds = time.perf_counter() - began
-        total_loss = torch.tensor(loss, device=self.accelerator.device, dtype=torch.float64)
+        num_tokens = self._totals(batch or self.batch).num_tokens
         return {
             "step": self.state.step,
-            "loss": float(self.accelerator.reduce(total_loss, reduction="sum")),
-            **self.batch.means.reduce(self.accelerator),
-            **means.reduce(self.accelerator),
-            "grad_norm": grad_norm,
-            "learning_rate": learning_rate_now,
+            **metrics,
+            **({"passed_over": float(batch is None)} if self.algorithm.updates_per_batch > 1 else {}),
             "num_tokens": self.state.num_tokens,
             "non_finite_steps": self.state.non_finite,
             "step_time": seconds,
-            "tokens_per_second": totals.num_tokens / seconds,
+            "tokens_per_second": num_tokens / seconds,
             **self.clock.take(),
+        }
+
+    def _optimize(self, batch: Batch, step: int, update: int) -> dict[str, float]:
+        """Accumulate the gradient of a batch over its micro-batches, and step."""
+        means, loss = Means(), 0.0
+        totals = self._totals(batch)
+        max_rows, max_tokens = self.settings.micro_batch, self.settings.micro_batch_tokens
+        micro_batches = list(batch.micro_batches(max_rows=max_rows, max_tokens=max_tokens))
+        self.scorer.train()
+        for i, micro in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
+                share = self.algorithm.loss(self.scorer, micro, totals, means, update=update)
+                # Ranks average their gradients; a loss over global counts wants their sum.
+                self.accelerator.backward(share * self.accelerator.num_processes)
+            loss += float(share.detach())
+        rate = self._learning_rate(step)
+        grad_norm = self._update(batch, loss, rate)
+        total_loss = torch.tensor(loss, device=self.accelerator.device, dtype=torch.float64)
+        return {
+            "loss": float(self.accelerator.reduce(total_loss, reduction="sum")),
+            **means.reduce(self.accelerator),
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
         }
 
     def save(self) -> None:
@@ -197,8 +207,9 @@ class Trainer:
         if self.accelerator.is_main_process and self.state.step not in self.checkpoints.steps():
             state = {"trainer": vars(self.state).copy(), "algorithm": self.algorithm.state_dict()}
             self.checkpoints.save(
-                self.state.step, self.policy, self._inner_optimizer, state, best_step=self.state.best_step
-            )
+                self.state.step, self.policy, self._inner_optimizer, state, best_step=self.state.best_step,
+                head=self.algorithm.head,
+            )  # fmt: skip
         self.accelerator.wait_for_everyone()
 
     @property
@@ -217,25 +228,24 @@ class Trainer:
         tokens, rows = self.accelerator.reduce(counts, reduction="sum").tolist()
         return Totals(num_tokens=tokens, num_sequences=rows)
 
-    def _update(self, loss: float, rate: float) -> float:
+    def _update(self, batch: Batch, loss: float, rate: float) -> float:
         """Clip and step; a loss or gradient that is not finite skips the step, and three in a row stop the run."""
         grad_norm = float(self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.settings.max_grad_norm))
         if math.isfinite(loss) and math.isfinite(grad_norm):
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["scale"]
             self.optimizer.step()
             self.state.non_finite_in_row = 0
         else:
-            self._skip(loss, grad_norm)
+            self._skip(batch, loss, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
-    def _skip(self, loss: float, grad_norm: float) -> None:
-        assert self.batch is not None
+    def _skip(self, batch: Batch, loss: float, grad_norm: float) -> None:
         self.state.non_finite += 1
         self.state.non_finite_in_row += 1
         path = self.run_dir / "non_finite_batch.safetensors"
-        tensors = vars(self.batch.rows) | self.batch.values
+        tensors = vars(batch.rows) | batch.values
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
         step = self.state.step + 1
         self.progress.message(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; batch saved to {path}")

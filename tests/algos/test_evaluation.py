@@ -99,7 +99,7 @@ def test_evaluation_leaves_out_what_no_reward_counts():
 
 def test_no_held_out_prompt_is_an_error_that_says_so():
     algorithm = build("grpo")
-    algorithm.data._prompts.clear()
+    algorithm.rollouts.data._prompts.clear()
     with pytest.raises(DataError, match="validation split has no prompt"):
         algorithm.evaluate()
 
@@ -118,13 +118,13 @@ def test_higher_reward_is_better():
 def test_frozen_scores_are_the_scorers_whatever_the_micro_batches(limits):
     algorithm = build("grpo")
     batch, policy = algorithm.collect(1), algorithm.policy.train()
-    logprobs, hidden = frozen_scores(policy, batch, temperature=0.8, max_rows=limits[0], max_tokens=limits[1])
+    logprobs, hidden, values = frozen_scores(policy, batch, temperature=0.8, max_rows=limits[0], max_tokens=limits[1])
     scores = Scorer(policy)(batch.rows, temperature=0.8)
     mask = batch.rows.completion_mask
     torch.testing.assert_close(logprobs, scores.logprobs, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(hidden[mask], scores.hidden, rtol=1e-10, atol=1e-13)
     assert not hidden[~mask].any()
-    assert not logprobs.requires_grad
+    assert not logprobs.requires_grad and values is None
     assert policy.training
 
 
@@ -174,7 +174,7 @@ def test_rewards_see_prompts_texts_ids_and_columns():
 
     algorithm = build("grpo", rewards=reward_sum(spy), prompts=("abc", "d"))
     batch = algorithm.collect(0)
-    prompts = [p.text for p in algorithm.data.batch(0, size=2, seed=0)]
+    prompts = [p.text for p in algorithm.rollouts.data.batch(0, size=2, seed=0)]
     assert seen["prompts"] == [text for text in prompts for _ in range(3)]
     assert seen["number"] == [("abc", "d").index(text) for text in seen["prompts"]]
     assert seen["ids"] == completions(batch)

@@ -154,7 +154,7 @@ def test_kl_to_the_initial_policy_is_zero_at_first_and_its_copy_is_frozen():
 
 
 def test_exact_kl_is_left_out_where_the_vocabulary_is_large(monkeypatch):
-    monkeypatch.setattr("rlft.algos.policy_gradient.EXACT_KL_VOCABULARY", 11)
+    monkeypatch.setattr("rlft.algos.reference.EXACT_KL_VOCABULARY", 11)
     algorithm, means = build("grpo"), Means()
     batch = algorithm.collect(1)
     loss_of(algorithm, batch, update=0, means=means)

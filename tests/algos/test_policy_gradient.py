@@ -191,8 +191,8 @@ def test_lengths_and_reasons_are_counted_as_they_are():
         ("grpo", ("algo.top_k=3",), {}, "allow_bent_sampling"),
         ("grpo", ("algo.top_p=0.9",), {}, "allow_bent_sampling"),
         ("grpo", ("algo.min_new_tokens=2",), {}, "allow_bent_sampling"),
-        ("rloo", ("algo.updates_per_batch=2",), {}, "needs a surrogate with a ratio"),
-        ("grpo", ("algo.updates_per_batch=0",), {}, "updates_per_batch must be at least 1"),
+        ("rloo", ("algo.epochs=2",), {}, "needs a surrogate with a ratio"),
+        ("grpo", ("algo.epochs=0",), {}, "algo.epochs and algo.minibatches must be at least 1"),
         ("grpo", (), {"world_size": 3}, "must be a multiple of the 3 processes"),
     ],
 )

@@ -22,7 +22,7 @@ class Killed(BaseException):
 
 
 def grpo_two_updates(policy) -> Any:
-    return policy_gradient("grpo", "algo.updates_per_batch=2", policy=policy, reference=initial(policy))
+    return policy_gradient("grpo", "algo.epochs=2", policy=policy, reference=initial(policy))
 
 
 def rloo(policy) -> Any:
@@ -113,10 +113,10 @@ def kill_in_step(made: Trainer, step: int) -> None:
     """Die within optimizer step `step`, after its gradients."""
     update = made._update
 
-    def dying(loss: float, rate: float) -> float:
+    def dying(batch: Any, loss: float, rate: float) -> float:
         if made.state.step == step - 1:
             raise Killed
-        return update(loss, rate)
+        return update(batch, loss, rate)
 
     made._update = dying
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlft.algos.base import Evaluation
+from rlft.algos.base import Algorithm, Evaluation
 from rlft.errors import ConfigError, NonFiniteError
 from rlft.models.reference import initial
 from rlft.trainer.schedule import learning_rate
@@ -18,7 +18,7 @@ from tests.builders import FixedText, policy_gradient, rows_of, sft, tiny, train
 BLOCKS = torch.randint(0, 12, (24, 9), generator=torch.Generator().manual_seed(0))
 
 
-class Scripted:
+class Scripted(Algorithm):
     """SFT with set evaluation values, and with losses that are made nan at given batches."""
 
     objective = ("eval/loss", "min")
@@ -41,6 +41,9 @@ class Scripted:
     def evaluate(self) -> Evaluation:
         value = self.values.pop(0) if len(self.values) > 1 else self.values[0]
         return Evaluation({"eval/loss": value}, [{"prompt": "", "completion": "x"}] * 7)
+
+    def plan(self) -> list[tuple[str, str]]:
+        return self.inner.plan()
 
     def state_dict(self) -> dict:
         return {"values": self.values}
@@ -221,7 +224,7 @@ def test_run_killed_right_after_its_first_checkpoint_keeps_one_row_zero(tmp_path
 
 
 def test_best_of_a_run_must_fall_where_a_checkpoint_can_be_taken(tmp_path):
-    with pytest.raises(ConfigError, match=r"steps=3 must be a multiple of .*updates_per_batch=2.*steps=4"):
+    with pytest.raises(ConfigError, match=r"steps=3 must be a multiple of the 2 optimizer steps on a batch.*steps=4"):
         scripted(tmp_path, updates=2, steps=3)
     made = scripted(tmp_path, steps=8, updates=2, eval_every=1, patience=1, values=[5.0, 4.0, 6.0, 4.0])
     assert made.train() == "early_stopping"
