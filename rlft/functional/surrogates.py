@@ -196,7 +196,7 @@ def sapo(
     advantages = _per_token(advantages, logprobs)
     log_ratio, sound = _log_ratio(logprobs, old_logprobs, advantages)
     advantages, ratio = torch.where(sound, advantages, 0.0), log_ratio.exp()
-    tau = torch.where(advantages > 0, tau_pos, tau_neg)
+    tau = torch.where(advantages > 0, torch.full_like(ratio, tau_pos), tau_neg)  # two numbers would make float32
     gain = torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau) * advantages
     return torch.where(sound, -gain, torch.nan), {"ratio": torch.where(sound, ratio.detach(), torch.nan)}
 

@@ -12,7 +12,7 @@ from tests.builders import Float64Rewards, policy_gradient, reward_sum, tiny
 
 NAMES = ["grpo", "dr_grpo", "rloo", "reinforce"]
 KL = ("algo.kl.coef=0.5",)  # large enough to be seen
-OVERRIDES = {"grpo": KL, "dr_grpo": (), "rloo": KL, "reinforce": ()}
+WITHOUT_KL = ("dr_grpo", "reinforce", "dapo")
 MAX_NEW = 5
 
 
@@ -27,7 +27,7 @@ def build(name: str, *overrides: str, **arguments):
         "policy": tiny(9, spread=0.25).double(), "reference": tiny(2, spread=0.25).double(), "temperature": 0.8,
         "rewards": reward_sum(eighths, cls=Float64Rewards), "max_new_tokens": MAX_NEW,
     }  # fmt: skip
-    return policy_gradient(name, *OVERRIDES[name], *overrides, **(defaults | arguments))
+    return policy_gradient(name, *(() if name in WITHOUT_KL else KL), *overrides, **(defaults | arguments))
 
 
 def loss_of(algorithm, batch, *, update: int, means: Means | None = None) -> Tensor:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
-from rlft.algos.kl import KLPenalty
+from rlft.algos.kl import Adaptive, Annealed, Fixed, KLPenalty
 from rlft.errors import ConfigError
 from rlft.models.reference import initial
 from rlft.trainer.metrics import Means
@@ -161,3 +162,66 @@ def test_exact_kl_is_left_out_where_the_vocabulary_is_large(monkeypatch):
     assert "kl" in means.local()
     assert "kl_exact" not in means.local()
     assert "ref_hidden" not in batch.values
+
+
+# Controllers.
+
+
+def test_adaptive_controller_is_zieglers_formula():
+    penalty = KLPenalty("k1", coef=0.1, where="reward", controller=Adaptive(target=6.0, horizon=100.0))
+    expected = 0.1
+    for kl, count in ((6.6, 20), (60.0, 20), (0.0, 10)):  # errors 0.1, clipped to 0.2, clipped to -0.2
+        penalty.end_batch(kl_completion=kl, num_tokens=1, num_completions=count)
+        assert penalty.coef == pytest.approx(expected)  # until the next batch
+        penalty.start_batch()
+        expected *= 1 + min(max(kl / 6 - 1, -0.2), 0.2) * count / 100
+        assert penalty.coef == pytest.approx(expected, rel=1e-14)
+
+
+def test_annealed_controller_rises_to_the_coefficient_over_its_tokens():
+    penalty, seen = KLPenalty("k3", coef=0.4, where="loss", controller=Annealed(tokens=100)), []
+    for _ in range(4):
+        penalty.start_batch()
+        seen.append(penalty.coef)
+        penalty.end_batch(kl_completion=1.0, num_tokens=40, num_completions=1)
+    assert seen == pytest.approx([0.0, 0.16, 0.32, 0.4], rel=1e-14)
+    assert penalty.is_in_loss  # from the first batch on, although its coefficient is 0 there
+
+
+@pytest.mark.parametrize("make", [lambda: Adaptive(target=1.0, horizon=50.0), lambda: Annealed(tokens=70), Fixed])
+def test_a_resumed_controller_goes_on_where_it_was(make):
+    def run(penalty, batches):
+        coefs = []
+        for i in batches:
+            penalty.start_batch()
+            coefs.append(penalty.coef)
+            penalty.end_batch(kl_completion=0.5 * i, num_tokens=20, num_completions=10)
+        return coefs
+
+    whole, first = (KLPenalty("k1", 0.2, "reward", make()) for _ in range(2))
+    expected = run(whole, range(6))
+    run(first, range(3))
+    resumed = KLPenalty("k1", 0.2, "reward", make())
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert run(resumed, range(3, 6)) == expected[3:]
+
+
+def test_controllers_with_senseless_settings_are_refused():
+    for make in (lambda: Adaptive(target=0.0, horizon=1.0), lambda: Adaptive(target=1.0, horizon=-1.0)):
+        with pytest.raises(ConfigError, match=r"algo\.kl\.controller\.(target|horizon)=.* above 0"):
+            make()
+    with pytest.raises(ConfigError, match="tokens=0 must be at least 1"):
+        Annealed(tokens=0)
+
+
+def test_what_the_controller_hears_is_the_sampled_kl_of_a_completion():
+    algorithm = build("rloo", "algo/kl_controller=adaptive")
+    batch = algorithm.collect(1)
+    total = 0.0
+    for i, ids in enumerate(completions(batch)):
+        logp, _ = frozen_distributions(algorithm.policy, batch, i, 0.8)
+        logq, _ = frozen_distributions(algorithm.reference, batch, i, 0.8)
+        total += sum(float(logp[t, a] - logq[t, a]) for t, a in enumerate(ids))
+    seen = algorithm.kl.state_dict()["seen"]
+    assert seen["kl_completion"] == pytest.approx(total / 6, rel=1e-10)
+    assert (seen["num_tokens"], seen["num_completions"]) == (batch.num_tokens, 6)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from rlft.functional.aggregation import constant, sequence_mean, token_mean
 from rlft.functional.kl import k3
-from rlft.functional.surrogates import cispo, clipped, sequence_ratio
+from rlft.functional.surrogates import cispo, clipped, sapo, sequence_ratio
 from tests.functional.tensors import random_mask, randoms
 
 grpo_loss = pytest.importorskip(
@@ -22,6 +22,7 @@ BETA = 0.04
 OURS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]] = {
     "token": lambda x, old, a, _mask: clipped(x, old, a, clip_low=0.1, clip_high=0.3),
     "sequence": lambda x, old, a, mask: sequence_ratio(x, old, a, mask, clip_low=0.1, clip_high=0.3),
+    "sapo": lambda x, old, a, _mask: sapo(x, old, a, tau_pos=1.0, tau_neg=1.05),
     "cispo": lambda x, old, a, _mask: cispo(x, old, a, clip_high=1.3),
 }
 AGGREGATE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -43,6 +44,7 @@ AGGREGATE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         ("sequence", "grpo", "grpo"),
         ("sequence", "dr_grpo", "dr_grpo"),
         ("cispo", "cispo", "dapo"),
+        ("sapo", "sapo", "grpo"),
     ],
 )
 def test_loss_gradient_clip_fraction_and_kl_equal_ligers(
@@ -73,7 +75,7 @@ def test_loss_gradient_clip_fraction_and_kl_equal_ligers(
     gradients = [torch.autograd.grad(x, logprobs, retain_graph=True)[0] for x in (ours, theirs)]
     assert gradients[1].abs().max() > 1e-3
     assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-14)
-    if surrogate != "cispo":  # theirs counts only positive advantages as clipped
+    if surrogate not in ("cispo", "sapo"):  # sapo has no clip, theirs counts only positive advantages as clipped
         clip_fraction = token_mean(statistics["clip_ratio/region"], mask)
         assert 0 < clip_fraction < 1
         assert_close(clip_fraction, metrics[-1], rtol=1e-12, atol=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from rlft.functional.aggregation import sequence_mean, token_mean
-from rlft.functional.surrogates import cispo, clipped, score_function, sequence_ratio, value_clipped
+from rlft.functional.surrogates import cispo, clipped, sapo, score_function, sequence_ratio, value_clipped
 from tests.functional.tensors import holed_mask, padded, random_mask, randoms, with_garbage
 from tests.oracles import loops
 
@@ -23,6 +23,7 @@ POLICY: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
     "dual": lambda x, old, a, _mask: clipped(x, old, a, dual_clip=1.5),
     "cispo": lambda x, old, a, _mask: cispo(x, old, a, clip_high=1.3, clip_low=0.5),
     "sequence_ratio": lambda x, old, a, mask: sequence_ratio(x, old, a, mask, clip_low=0.1, clip_high=0.2),
+    "sapo": lambda x, old, a, _mask: sapo(x, old, a, tau_pos=1.0, tau_neg=1.3),
 }
 each_policy = pytest.mark.parametrize("name", POLICY)
 

@@ -32,17 +32,32 @@ from tests.builders import (
     trainer,
 )
 
-NAMES = ["grpo", "dr_grpo", "rloo", "reinforce"]
+# What the mean reward, from 1/12, rises by at least; measured: the second number (bnpo's reward is another, from 0.13).
+RISES = {
+    "reinforce": (0.7, 0.90), "reinforce_pp": (0.6, 0.83), "reinforce_pp_baseline": (0.7, 0.93), "rloo": (0.7, 0.87),
+    "remax": (0.4, 0.64), "grpo": (0.7, 0.93), "dr_grpo": (0.7, 0.93), "dapo": (0.7, 0.93), "gspo": (0.7, 0.93),
+    "cispo": (0.7, 0.93), "sapo": (0.7, 0.93), "bnpo": (0.5, 0.75), "ppo": (0.5, 0.70), "raft": (0.5, 0.76),
+    "rwr": (0.4, 0.65),
+}  # fmt: skip
+NAMES = list(RISES)
+K3 = ("grpo", "gspo", "cispo", "sapo", "bnpo", "raft", "rwr", "reinforce_pp_baseline")  # a KL in the loss
 PROMPTS = tuple(a + b for a in ALPHABET[:8] for b in ALPHABET[:8])
+
+
+def begins_with_a(completion_ids, **_):
+    return [float(0 in ids[:2]) for ids in completion_ids]
 
 
 def tuned(name: str, run_dir: Path, *overrides: str, **arguments: Any) -> Trainer:
     policy = tiny(1)
+    if name == "bnpo":
+        arguments = {"rewards": reward_sum(begins_with_a)} | arguments
+    overrides = (*(("algo.kl.coef=0.04",) if name in K3 else ()), *overrides)
     algorithm = policy_gradient(
         name, *overrides, policy=policy, reference=initial(policy), prompts=PROMPTS, seed=1, prompts_per_step=4,
         group_size=8, max_new_tokens=8, eval_prompts=64, **arguments,
     )  # fmt: skip
-    made = trainer(policy, algorithm, run_dir, steps=25, learning_rate=1e-2)
+    made = trainer(policy, algorithm, run_dir, steps=25 * algorithm.updates_per_batch, learning_rate=1e-2)
     assert made.train() == "steps"
     return made
 
@@ -68,18 +83,24 @@ def zero(rewards: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(rewards)
 
 
+def zero_gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros_like(rewards), torch.zeros_like(rewards)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_reward_rises(name, tmp_path):
-    made = tuned(name, tmp_path, *(("algo.kl.coef=0.04",) if name == "grpo" else ()))
-    assert made.state.before["eval/reward"] == pytest.approx(1 / 12, abs=0.03)
-    assert rise(made) > 0.7  # grpo 0.93, dr_grpo 0.93, rloo 0.84, reinforce 0.91; seeds 0 and 2 of rloo: 0.63, 0.70
+    made = tuned(name, tmp_path)
+    if name != "bnpo":
+        assert made.state.before["eval/reward"] == pytest.approx(1 / 12, abs=0.03)
+    assert rise(made) > RISES[name][0]
     rewards = [row["reward"] for row in rows_of(tmp_path / "metrics.jsonl")[1:]]
-    assert np.mean(rewards[-5:]) - np.mean(rewards[:5]) > 0.4
+    assert np.mean(rewards[-5:]) - np.mean(rewards[:5]) > 0.25
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_without_advantages_the_policy_keeps_every_bit(name, tmp_path):
-    made = tuned(name, tmp_path, parts={"advantage": zero})
+    overrides = ("algo.resample_zero_std=0",) if name == "dapo" else ()
+    made = tuned(name, tmp_path, *overrides, parts={"advantage": zero_gae if name == "ppo" else zero})
     untouched = tiny(1).state_dict()
     assert all(torch.equal(untouched[key], tensor) for key, tensor in made.policy.state_dict().items())
     assert rise(made) == 0.0
@@ -87,10 +108,10 @@ def test_without_advantages_the_policy_keeps_every_bit(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_with_rewards_shuffled_among_all_rows_the_reward_does_not_rise(name, tmp_path):
-    made = tuned(name, tmp_path, rewards=reward_sum(share_of_a, cls=ShuffledRewards))
-    # 0.06, 0.07, 0.05, -0.04. A random walk: the largest of seeds 0 to 4 is 0.07, but 0.30 for reinforce, whose
-    # rewards without a baseline push up whatever was sampled
-    assert rise(made) < 0.15
+    reward = begins_with_a if name == "bnpo" else share_of_a
+    made = tuned(name, tmp_path, rewards=reward_sum(reward, cls=ShuffledRewards))
+    # A random walk: REINFORCE's rewards without a baseline push up whatever was sampled, by up to 0.30 in five seeds.
+    assert rise(made) < 0.2
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo"])

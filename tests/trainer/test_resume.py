@@ -26,7 +26,21 @@ def grpo_two_updates(policy) -> Any:
 
 
 def rloo(policy) -> Any:
-    return policy_gradient("rloo", policy=policy, reference=initial(policy))
+    return policy_gradient("rloo", "algo/kl_controller=adaptive", policy=policy, reference=initial(policy))
+
+
+def ppo(policy) -> Any:
+    overrides = ("algo.epochs=2", "algo.kl.coef=0.1", "algo/kl_controller=annealed", "algo.kl.controller.tokens=60")
+    return policy_gradient("ppo", *overrides, policy=policy, reference=initial(policy))
+
+
+def baseline(policy) -> Any:
+    overrides = ("algo/advantage=running_baseline", "algo.entropy_coef=0.1", "algo.entropy_decay_batches=5")
+    return policy_gradient("reinforce", *overrides, policy=policy, reference=initial(policy))
+
+
+def dapo(policy) -> Any:
+    return policy_gradient("dapo", policy=policy, reference=initial(policy))
 
 
 def text(policy) -> Any:
@@ -34,7 +48,7 @@ def text(policy) -> Any:
     return sft(policy, FixedText(blocks, blocks[:4]))
 
 
-ALGORITHMS = [grpo_two_updates, rloo, text]
+ALGORITHMS = [grpo_two_updates, rloo, ppo, baseline, dapo, text]
 
 
 def start(make, run_dir: Path, **changes: Any) -> Trainer:
@@ -47,7 +61,9 @@ def start(make, run_dir: Path, **changes: Any) -> Trainer:
 def everything(run_dir: Path, made: Trainer) -> dict[str, Any]:
     """Weights, optimizer state, trainer state and every row, without times."""
     moments = made._inner_optimizer.state_dict()["state"]
-    tensors = dict(made.policy.state_dict()) | {f"{i}.{k}": t for i, e in moments.items() for k, t in e.items()}
+    head = made.algorithm.head
+    tensors = dict(made.policy.state_dict()) | {f"head.{k}": t for k, t in (head.state_dict() if head else {}).items()}
+    tensors |= {f"{i}.{k}": t for i, e in moments.items() for k, t in e.items()}
     state = {name: value for name, value in vars(made.state).items() if name != "seconds"}
     rows = {name: rows_of(run_dir / name) for name in ("metrics.jsonl", "samples.jsonl")}
     return {"tensors": {k: t.clone() for k, t in tensors.items()}, "state": state, **rows}
@@ -80,7 +96,7 @@ def test_run_that_was_stopped_and_resumed_is_the_run_that_was_not(uninterrupted,
     make, expected = uninterrupted
     first = start(make, tmp_path)
     assert first.train(should_stop=lambda: first.state.step >= 3) == "signal"
-    assert first.state.step == (4 if make is grpo_two_updates else 3)  # a batch is used up first
+    assert first.state.step == (4 if make in (grpo_two_updates, ppo) else 3)  # a batch is used up first
     assert first.checkpoints.steps()[-1] == first.state.step
     second = start(make, tmp_path)
     second.resume()
