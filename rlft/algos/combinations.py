@@ -8,8 +8,8 @@ from typing import Any
 from rlft.algos.kl import KLPenalty
 from rlft.algos.parts import function_of, parameters
 from rlft.errors import ConfigError
-from rlft.functional.advantages import best_of_group, reward_weighted
 from rlft.functional.surrogates import score_function, sequence_ratio
+from rlft.functional.weights import best_of_group, reward_weighted
 
 
 def check(

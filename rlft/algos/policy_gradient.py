@@ -60,7 +60,9 @@ class PolicyGradient(Algorithm):
             token.
         resample_zero_std: draws more prompts, up to so many times prompts_per_step, in place of groups whose rewards
             have no spread (DAPO's dynamic sampling); 0 for off.
-        eval_prompts: held-out prompts of an evaluation, one completion each.
+        eval_prompts: held-out prompts of an evaluation, one completion each. probe: what else an evaluation measures.
+        target_logprob_coef: adds this times the policy's logprob of the data's own next token (column `target_ids`) to
+            each token's reward.
         micro_batch, micro_batch_tokens: what one forward of the reference may hold.
         samples_per_step: completions written to samples.jsonl each step.
         top_k, top_p, min_new_tokens: bend the sampled distribution away from the policy's; refused unless
@@ -102,6 +104,8 @@ class PolicyGradient(Algorithm):
         target_kl: float | None,
         resample_zero_std: int,
         eval_prompts: int,
+        probe: Callable[..., dict[str, float]] | None,
+        target_logprob_coef: float,
         micro_batch: int | None,
         micro_batch_tokens: int | None,
         samples_per_step: int,
@@ -127,6 +131,7 @@ class PolicyGradient(Algorithm):
         self.value_coef, self.value_clip, self.whiten_advantages = value_coef, value_clip, whiten_advantages
         self.entropy_coef, self.entropy_decay_batches, self.entropy_coef_now = entropy_coef, entropy_decay_batches, 0.0
         self.group_size, self.epochs, self.minibatches, self.target_kl = group_size, epochs, minibatches, target_kl
+        self.probe, self.target_logprob_coef = probe, target_logprob_coef
         self.updates_per_batch, self.samples_per_step = epochs * minibatches, samples_per_step
         limits = {"max_rows": micro_batch, "max_tokens": micro_batch_tokens}
         self.frozen = FrozenSide(
@@ -216,7 +221,11 @@ class PolicyGradient(Algorithm):
         return total + self._value_loss(scores, values, mask, totals, means)
 
     def evaluate(self) -> Evaluation:
-        return self.evaluator()
+        evaluation = self.evaluator()
+        if self.probe is not None:
+            data = self.rollouts.data
+            evaluation.metrics.update(self.probe(self.policy, self.frozen.reference, data, device=self.device))
+        return evaluation
 
     def plan(self) -> list[tuple[str, str]]:
         kl = f"{self.kl.base_coef:g} x {self.kl.estimator} in the {self.kl.where}" if self.kl.base_coef else "none"
@@ -247,10 +256,15 @@ class PolicyGradient(Algorithm):
         if self.kl.is_in_reward:
             penalty = self.kl.coef * self.frozen.sampled_kl(sampled.rollout.rows, values)
         if "mask" in parameters(self.advantage):
-            token_rewards = -penalty
-            last = (torch.arange(len(mask), device=mask.device), mask.sum(dim=1) - 1)
-            token_rewards[last] += rewards.nan_to_num(0.0).to(penalty.dtype)
-            made = call(self.advantage, rewards=token_rewards, mask=counted, values=values.get("old_values"))
+            token_rewards = sampled.token_rewards(dtype=penalty.dtype, device=self.device) - penalty
+            if self.target_logprob_coef:
+                targets = [prompt.columns["target_ids"] for prompt in sampled.prompt_of_row]
+                logprobs = self.frozen.target_logprobs(sampled.rollout.rows, targets)
+                token_rewards = token_rewards + self.target_logprob_coef * logprobs
+            made = call(
+                self.advantage, rewards=token_rewards, mask=counted, values=values.get("old_values"),
+                group_size=self.group_size,
+            )  # fmt: skip
         else:
             greedy = None if sampled.greedy_rewards is None else sampled.greedy_rewards.to(self.device)
             made = call(

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from rlft.algos.kl import KLPenalty
 from rlft.algos.scoring import exact_token_kl, frozen_scores
+from rlft.functional.logprobs import token_logprobs
 from rlft.models.base import CausalLM
 from rlft.models.heads import Head
-from rlft.models.scorer import Rows, Scores
+from rlft.models.scorer import Rows, Scores, scatter
 from rlft.rollout.engine import Rollout
 from rlft.rollout.sampling import Sampling
-from rlft.trainer.batch import Batch
+from rlft.trainer.batch import Batch, pad
 from rlft.trainer.metrics import Means
 
 EXACT_KL_VOCABULARY = 16_384  # up to here the exact KL is logged beside its estimate: one more head product a token
@@ -71,6 +72,20 @@ class FrozenSide:
         ref_hidden = values["ref_hidden"][mask]
         exact = exact_token_kl(self.policy, self.reference, own.hidden[mask], ref_hidden, temperature=temperature)
         return torch.zeros_like(own.logprobs).masked_scatter(mask, exact)
+
+    @torch.no_grad()
+    def target_logprobs(self, rows: Rows, targets: list[list[int]]) -> Tensor:
+        """Return the policy's logprob of other tokens than the sampled ones, at their places; [B, T], 0 beyond them."""
+        mask = rows.completion_mask
+        ids, has_target = pad([row[: mask.shape[1]] for row in targets], device=mask.device)
+        width = mask.shape[1] - ids.shape[1]
+        ids, has_target = (torch.nn.functional.pad(x, (0, width)) for x in (ids, has_target))
+        with self.autocast():
+            own = frozen_scores(self.policy, Batch(rows), temperature=self.sampling.temperature, **self.limits)
+            logprobs, _ = token_logprobs(
+                own.hidden[mask], self.policy.head_weight, ids[mask], temperature=self.sampling.temperature
+            )
+        return torch.where(has_target & mask, scatter(logprobs, mask), 0.0)
 
     def token_kl(self, scores: Scores, values: dict[str, Tensor], mask: Tensor, means: Means) -> Tensor:
         """Return the estimator at each token [B, T], with a gradient where it is trained; log it and the exact KL."""

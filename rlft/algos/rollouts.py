@@ -36,15 +36,27 @@ class Sampled:
     def prompt_of_row(self) -> list[Prompt]:
         return [prompt for prompt in self.prompts for _ in range(self.group_size)]
 
+    def token_rewards(self, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return rewards `[B, T]`: token-level ones at their tokens, the rest of the total at the last token."""
+        mask, total = self.rollout.rows.completion_mask, self.scored.total.nan_to_num(0.0).to(device, dtype)
+        rewards = torch.zeros(mask.shape, dtype=dtype, device=device)
+        if self.scored.tokens is not None:
+            given = torch.tensor([x for row in self.scored.tokens for x in row], dtype=dtype, device=device)
+            rewards = rewards.masked_scatter(mask, given)
+        last = (torch.arange(len(mask), device=device), mask.sum(dim=1) - 1)
+        rewards[last] += total - rewards.sum(dim=1)
+        return rewards
+
     def keep(self, prompts: list[int]) -> Sampled:
         """Return the groups of these prompts (indices in ascending order)."""
         rows = [p * self.group_size + i for p in prompts for i in range(self.group_size)]
         components = {name: values[rows] for name, values in self.scored.components.items()}
+        tokens = self.scored.tokens
         return replace(
             self,
             prompts=[self.prompts[p] for p in prompts],
             rollout=select_prompts(self.rollout, prompts, group_size=self.group_size),
-            scored=RewardOutput(self.scored.total[rows], components),
+            scored=RewardOutput(self.scored.total[rows], components, tokens and [tokens[row] for row in rows]),
         )
 
 
@@ -136,10 +148,12 @@ class Rollouts(Stateful):
         components = {
             name: torch.cat([part.scored.components[name] for part in parts]) for name in parts[0].scored.components
         }
+        has_tokens = parts[0].scored.tokens is not None
+        tokens = [row for part in parts for row in part.scored.tokens or []] if has_tokens else None
         return Sampled(
             [prompt for part in parts for prompt in part.prompts],
             concatenate([part.rollout for part in parts]),
-            RewardOutput(torch.cat([part.scored.total for part in parts]), components),
+            RewardOutput(torch.cat([part.scored.total for part in parts]), components, tokens),
             self.group_size,
             num_draws,
         )

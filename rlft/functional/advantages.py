@@ -82,7 +82,7 @@ def group_mean(rewards: Tensor, *, group_size: int) -> Tensor:
     Returns:
         [B], exactly 0 throughout a group of equal rewards.
     """
-    return _centred(rewards, group_size)[0].flatten()
+    return centre_groups(rewards, group_size)[0].flatten()
 
 
 def group_zscore(rewards: Tensor, *, group_size: int, eps: float = 1e-4) -> Tensor:
@@ -101,8 +101,8 @@ def group_zscore(rewards: Tensor, *, group_size: int, eps: float = 1e-4) -> Tens
     Raises:
         ValueError: for a group of 1, which has no standard deviation.
     """
-    _refuse_group_of_one("group_zscore", group_size)
-    centred, num = _centred(rewards, group_size)
+    refuse_group_of_one("group_zscore", group_size)
+    centred, num = centre_groups(rewards, group_size)
     std = (centred.square().sum(-1, keepdim=True) / (num - 1).clamp(min=1)).sqrt()
     return (centred / (std + eps)).flatten()
 
@@ -124,8 +124,8 @@ def leave_one_out(rewards: Tensor, *, group_size: int) -> Tensor:
     Raises:
         ValueError: for a group of 1, which leaves nothing when one is left out.
     """
-    _refuse_group_of_one("leave_one_out", group_size)
-    centred, num = _centred(rewards, group_size)
+    refuse_group_of_one("leave_one_out", group_size)
+    centred, num = centre_groups(rewards, group_size)
     return (centred * num / (num - 1).clamp(min=1)).flatten()
 
 
@@ -165,10 +165,10 @@ def beta_normalized(rewards: Tensor, *, group_size: int) -> Tensor:
     Raises:
         ValueError: for rewards other than 0 and 1, and a group of 1.
     """
-    _refuse_group_of_one("beta_normalized", group_size)
+    refuse_group_of_one("beta_normalized", group_size)
     if not ((rewards == 0) | (rewards == 1) | rewards.isnan()).all():
         raise ValueError("beta_normalized is for rewards of 0 and 1; for others take group_zscore or leave_one_out")
-    centred, num = _centred(rewards, group_size)
+    centred, num = centre_groups(rewards, group_size)
     p = rewards.reshape(-1, group_size).nan_to_num(0.0).sum(-1, keepdim=True) / num.clamp(min=1)
     counted = p[num > 0]
     mean, variance = counted.mean(), counted.var() if len(counted) > 1 else torch.zeros_like(p[0, 0])
@@ -182,54 +182,35 @@ def beta_normalized(rewards: Tensor, *, group_size: int) -> Tensor:
     return (centred / density).flatten()
 
 
-def best_of_group(rewards: Tensor, *, group_size: int) -> Tensor:
-    """Return 1 for the best completion of each group and 0 for the others (RAFT, arXiv:2304.06767; best of n).
+def group_returns(rewards: Tensor, mask: Tensor, *, group_size: int, gamma: float) -> Tensor:
+    """Return each token's discounted return minus the mean of the group's other members at the same position.
 
-    As an advantage of the score function it is maximum likelihood of the best completions: expert iteration. Of equals
-    the first is taken; a group of equal rewards has no best one and is left out.
+        A_{i,t} = R_{i,t} - mean_{j != i, j still runs at t} R_{j,t},   R_t = r_t + gamma R_{t+1}
+
+    `leave_one_out` for a reward at each token. The others' returns do not depend on member i's tokens, so the gradient
+    is unbiased, although their contexts differ from the second token on. Where no other member runs the baseline is 0.
 
     Args:
-        rewards: [B], row = prompt * group_size + member; nan is not counted.
+        rewards: [B, T] floating, row = prompt * group_size + member.
+        mask: [B, T] bool or float.
         group_size: completions of each prompt, at least 2.
+        gamma: discount, in [0, 1]; 0 credits a token with its own reward only.
 
     Returns:
-        [B] of 0 and 1.
+        [B, T], 0 outside the mask.
 
     Raises:
         ValueError: for a group of 1.
     """
-    _refuse_group_of_one("best_of_group", group_size)
-    centred, _ = _centred(rewards, group_size)
-    ranked = torch.where(rewards.isnan(), -torch.inf, rewards).reshape(-1, group_size)
-    best = torch.zeros_like(centred).scatter(-1, ranked.argmax(-1, keepdim=True), 1.0)
-    return torch.where((centred != 0).any(-1, keepdim=True), best, 0.0).flatten()
-
-
-def reward_weighted(rewards: Tensor, *, group_size: int, beta: float) -> Tensor:
-    """Return reward-weighted regression's weights (Peters and Schaal, 2007; AWR, arXiv:1910.00177, eq. 8).
-
-        w_i = G softmax(r / beta)_i   over the group, so that weights average to 1
-
-    As an advantage of the score function: weighted maximum likelihood. Its target is pi exp(r / beta) / Z, the optimum
-    of the reward under a KL of strength beta to the policy that sampled. A baseline in r cancels in the softmax.
-
-    Args:
-        rewards: [B], row = prompt * group_size + member; nan is not counted.
-        group_size: completions of each prompt, at least 2.
-        beta: temperature, in units of the reward; greater than 0.
-
-    Returns:
-        [B], at least 0; 0 where not counted.
-
-    Raises:
-        ValueError: for a group of 1 and a beta that is not positive.
-    """
-    _refuse_group_of_one("reward_weighted", group_size)
-    if not beta > 0.0:
-        raise ValueError(f"beta must be greater than 0, in units of the reward, got {beta}")
-    _, num = _centred(rewards, group_size)
-    scaled = torch.where(rewards.isnan(), -torch.inf, rewards / beta).reshape(-1, group_size)
-    return (torch.softmax(scaled, dim=-1).nan_to_num(0.0) * num).flatten()
+    refuse_group_of_one("group_returns", group_size)
+    if rewards.shape[0] % group_size:
+        raise ValueError(f"{rewards.shape[0]} rows do not make whole groups of {group_size}")
+    returns, counted = discounted_returns(rewards, mask, gamma=gamma), as_bool(mask, rewards)
+    groups, runs = returns.view(-1, group_size, rewards.shape[1]), counted.view(-1, group_size, rewards.shape[1])
+    others = groups.sum(1, keepdim=True) - groups
+    num_others = runs.sum(1, keepdim=True) - runs.to(torch.int64)
+    advantages = groups - others / num_others.clamp(min=1)
+    return torch.where(counted, advantages.view_as(rewards), 0.0)
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
@@ -256,7 +237,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     return scaled if shift_mean else zero_outside(scaled + mean, counted)
 
 
-def _centred(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def centre_groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Return rewards minus their group's mean, [P, G], 0 where not counted, and how many count, [P, 1]."""
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be [B], one for each completion, got {list(rewards.shape)}")
@@ -275,7 +256,7 @@ def _centred(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return torch.where(counted, above - mean, 0.0), num
 
 
-def _refuse_group_of_one(name: str, group_size: int) -> None:
+def refuse_group_of_one(name: str, group_size: int) -> None:
     """Refuse a group that has nothing to compare a completion with."""
     if group_size == 1:
         raise ValueError(

@@ -29,11 +29,15 @@ class RewardOutput:
     """What `RewardSum` returns, on the CPU.
 
     total: `[B]` float32, sum over i of weight_i * reward_i; nan where no reward counts (the caller leaves the row out).
-    components: name -> `[B]` float32, each reward before its weight; nan where it returned None.
+    components: name -> `[B]` float32, each reward before its weight; nan where it returned None. A token-level reward's
+        is the sum over the completion.
+    tokens: `[B]` lists, the weighted sum of the token-level rewards at each token, which `total` holds too; None where
+        no reward is token-level.
     """
 
     total: torch.Tensor
     components: dict[str, torch.Tensor]
+    tokens: list[list[float]] | None = None
 
 
 class RewardSum:
@@ -89,7 +93,7 @@ class RewardSum:
         one of the three lists; `ValueError` if the arguments' lengths differ.
         """
         _check_lengths(completions, {"prompts": prompts, "completion_ids": completion_ids, **columns}, columns)
-        rows = []
+        rows, tokens = [], None
         for name, reward in self.rewards.items():
             arguments = {  # copies: a reward that sorts or edits its lists must not change what the next one sees
                 "prompts": list(prompts),
@@ -98,6 +102,14 @@ class RewardSum:
                 **{column: list(values) for column, values in columns.items()},
             }
             returned = _call(name, reward, arguments, self.timeouts[name]) if completions else []
+            if _is_token_level(returned):
+                per_token = _checked_tokens(name, returned, completion_ids)
+                returned = [math.fsum(values) for values in per_token]
+                weight = self.weights[name]
+                before = tokens or [[0.0] * len(ids) for ids in completion_ids]
+                tokens = [
+                    [x + weight * y for x, y in zip(*pair, strict=True)] for pair in zip(before, per_token, strict=True)
+                ]
             rows.append(_checked(name, returned, completions))
         values = torch.tensor(rows, dtype=torch.float64)  # [R, B]
         weights = torch.tensor(list(self.weights.values()), dtype=torch.float64)[:, None]
@@ -105,7 +117,7 @@ class RewardSum:
         total = torch.where(counted, weights * values, 0.0).sum(0)
         decides = (weights != 0) | (weights == 0).all()
         total[~(counted & decides).any(0)] = math.nan
-        return RewardOutput(total.float(), dict(zip(self.rewards, values.float(), strict=True)))
+        return RewardOutput(total.float(), dict(zip(self.rewards, values.float(), strict=True)), tokens)
 
 
 def _call(name: str, reward: Callable[..., Any], arguments: dict[str, Any], seconds: float) -> Any:
@@ -172,6 +184,24 @@ def _checked(name: str, returned: Any, completions: list[str]) -> list[float]:
                 f"for a completion that is not to be counted. The completion was {_short(completions[row])}"
             )
     return values
+
+
+def _is_token_level(returned: Any) -> bool:
+    """Whether a reward returned a list for each completion, as a token-level one does."""
+    return isinstance(returned, (list, tuple)) and len(returned) > 0 and all(isinstance(x, list) for x in returned)
+
+
+def _checked_tokens(name: str, returned: list[list[Any]], completion_ids: list[list[int]]) -> list[list[float]]:
+    """Return the values of a token-level reward, one for each token of each completion."""
+    if len(returned) != len(completion_ids):
+        raise RewardError(f"reward {name!r} returned {len(returned)} lists for {len(completion_ids)} completions")
+    for row, (values, ids) in enumerate(zip(returned, completion_ids, strict=True)):
+        if len(values) != len(ids):
+            raise RewardError(f"reward {name!r} gave row {row} {len(values)} values for its {len(ids)} tokens")
+        for value in values:
+            if not (_is_real(value) and abs(value) <= LARGEST):
+                raise RewardError(f"reward {name!r} gave a token of row {row} {_short(value)}, not a finite number")
+    return [[float(value) for value in values] for values in returned]
 
 
 def _check_names(what: str, given: Mapping[str, Any], rewards: Mapping[str, Any]) -> None:

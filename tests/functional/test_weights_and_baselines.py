@@ -8,13 +8,9 @@ import pytest
 import torch
 from scipy.stats import beta as beta_distribution
 
-from rlft.functional.advantages import (
-    best_of_group,
-    beta_normalized,
-    greedy_baseline,
-    group_mean,
-    reward_weighted,
-)
+from rlft.functional.advantages import beta_normalized, greedy_baseline, group_mean, group_returns
+from rlft.functional.weights import best_of_group, reward_weighted
+from tests.oracles.loops import discounted_returns
 
 NAN = math.nan
 
@@ -46,6 +42,21 @@ def test_reward_weights_average_to_one_and_ignore_a_baseline():
     weights = reward_weighted(rewards, group_size=4, beta=0.7)
     assert weights.view(3, 4).mean(1).tolist() == pytest.approx([1, 1, 1], rel=1e-14)
     torch.testing.assert_close(reward_weighted(rewards + 300, group_size=4, beta=0.7), weights, rtol=1e-11, atol=0)
+
+
+def test_group_returns_equal_a_naive_loop():
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    mask = torch.arange(4)[None] < torch.tensor([4, 2, 3, 1, 1, 4])[:, None]
+    returns = discounted_returns(rewards.tolist(), mask.tolist(), 0.7)
+    expected = torch.zeros(6, 4, dtype=torch.float64)
+    for i in range(6):
+        for t in range(4):
+            others = [returns[j][t] for j in range(i // 3 * 3, i // 3 * 3 + 3) if j != i and mask[j, t]]
+            if mask[i, t]:
+                expected[i, t] = returns[i][t] - (sum(others) / len(others) if others else 0.0)
+    got = group_returns(rewards, mask, group_size=3, gamma=0.7)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_beta_normalized_equals_the_papers_formula_with_scipys_density():
