@@ -129,6 +129,11 @@ def leave_one_out(rewards: Tensor, *, group_size: int) -> Tensor:
     return (centred * num / (num - 1).clamp(min=1)).flatten()
 
 
+def no_advantage(rewards: Tensor) -> Tensor:
+    """Return zeros `[B]`: no reward trains anything (on-policy distillation, where the KL to a teacher does)."""
+    return torch.zeros_like(rewards)
+
+
 def greedy_baseline(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
     """Return each reward minus the reward of its prompt's greedy completion (ReMax, arXiv:2310.10505, eq. 6).
 

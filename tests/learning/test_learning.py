@@ -122,6 +122,20 @@ def test_a_stronger_kl_penalty_holds_the_policy_closer(name, tmp_path):
     assert tight["eval/reward"] < loose["eval/reward"]
 
 
+@pytest.mark.parametrize(("coef", "falls"), [(1.0, True), (0.0, False)])
+def test_a_distilled_student_moves_to_its_teacher_without_any_reward(coef, falls, tmp_path):
+    student, teacher = tiny(1, spread=0.3), tiny(2, spread=0.3)
+    algorithm = policy_gradient(
+        "distill", f"algo.kl.coef={coef}", policy=student, reference=initial(teacher), prompts=PROMPTS, seed=1,
+        prompts_per_step=8, group_size=4, max_new_tokens=8, eval_prompts=64,
+    )  # fmt: skip
+    made = trainer(student, algorithm, tmp_path, steps=40, learning_rate=1e-2)
+    made.train()
+    before, after = made.state.before["eval/kl"], made.state.after["eval/kl"]
+    assert before > 0.8
+    assert after < 0.3 * before if falls else after == before  # nats a token, 1.51 to 0.33
+
+
 # Supervised: the loss falls to the entropy of the text, and not below.
 
 
