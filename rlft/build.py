@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from hydra.errors import InstantiationException
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_method, instantiate
+from omegaconf import OmegaConf
 
 from rlft.algos.base import Algorithm
 from rlft.config import GIVEN, RootConfig
@@ -28,6 +31,8 @@ from rlft.trainer.metrics import Clock
 from rlft.trainer.progress import Progress
 from rlft.trainer.trackers import Tracker
 from rlft.trainer.trainer import Trainer, TrainSettings
+
+CONF = Path(__file__).parents[1] / "conf"  # beside the package in a checkout; an installed package has none
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ def build(config: RootConfig) -> Job:
         raise ConfigError("model.tokenizer is not set; every model names its tokenizer")
     tokenizer = _instantiate(tokenizer_node)
     data = _instantiate(config.data, tokenizer=tokenizer)
+    wanted = inspect.signature(make_algorithm.func).parameters
+    rewards = _rewards(config.reward) if "rewards" in wanted else None
     clock = Clock()
     policy = _instantiate(model_node).to(accelerator.device)
     if tokenizer.vocab_size > policy.vocab_size:
@@ -69,18 +76,39 @@ def build(config: RootConfig) -> Job:
         "seed": config.seed,
         "device": accelerator.device,
         "autocast": accelerator.autocast,
-        "is_float32": accelerator.mixed_precision == "no",
+        "is_float32": accelerator.mixed_precision == "no" and not torch.backends.cuda.matmul.allow_tf32,
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
         "clock": clock,
+        "rewards": rewards,
     }
-    wanted = inspect.signature(make_algorithm.func).parameters
-    if "rewards" in wanted:
-        available["rewards"] = _rewards(config.reward)
     if "reference" in wanted:
         available["reference"] = _wired(config.reference, {name: available[name] for name in GIVEN["reference"]})
     algorithm = make_algorithm(**{name: value for name, value in available.items() if name in wanted})
     return Job(accelerator, policy, tokenizer, algorithm, tracker, clock)
+
+
+def algorithm_node(name: str, overrides: Sequence[str] = (), **sizes: Any) -> dict[str, Any]:
+    """Return conf/algo/<name>.yaml composed with its groups, resolved, as plain values.
+
+    `overrides` are as on the command line; `sizes` are the root settings that the YAML refers to. Raises `ConfigError`
+    outside a checkout, and for a name or an override that does not exist.
+    """
+    if not (CONF / "algo").is_dir():
+        raise ConfigError(f"the algorithms' YAML files are not beside the package ({CONF}): run from a checkout")
+    roots = [f"+{key}={'null' if value is None else value}" for key, value in sizes.items()]
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config: Any = compose(overrides=[f"+algo={name}", *roots, *overrides])
+            values: Any = OmegaConf.to_container(config, resolve=True)
+            return values["algo"]
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def algorithm(node: dict[str, Any], **objects: Any) -> Any:
+    """Return the algorithm of a composed node, wired with the run's objects (`GIVEN["algo"]` in rlft/config.py)."""
+    return _instantiate(node, **objects)
 
 
 def trainer(job: Job, config: RootConfig, *, run_dir: Path, progress: Progress) -> Trainer:

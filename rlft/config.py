@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections.abc
 import inspect
+import re
 import types
 import typing
 from dataclasses import dataclass, fields
@@ -71,7 +72,7 @@ class RootConfig(RootSettings):
 # What rlft/build.py hands to each group's callable; a setting of that name would be overwritten, and is refused.
 GIVEN = {
     "model": [],
-    "reference": ["policy"],
+    "reference": ["policy", "data", "tokenizer"],
     "algo": [
         "policy", "reference", "rewards", "data", "tokenizer", "sampling", "seed",
         "device", "autocast", "is_float32", "rank", "world_size", "clock",
@@ -81,8 +82,9 @@ GIVEN = {
     "hardware": [],
     "tracker": [],
 }  # fmt: skip
+NODE = object()  # stands for the type of what is made from a node with a _target_: an object of ours, or a function
 # What rlft/build.py itself reads of a group's YAML, and its type.
-READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": dict}, "reward": {"weight": float, "timeout": float}}
+READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 _AT_LEAST_ONE = ("steps", "prompts_per_step", "group_size", "max_new_tokens", "eval_prompts", "keep", "log_every",
                  "micro_batch", "micro_batch_tokens", "max_tokens", "patience")  # fmt: skip
@@ -115,6 +117,24 @@ def checked(config: DictConfig) -> RootConfig:
     return RootConfig(**(typed | groups | {"betas": tuple(typed["betas"])}))
 
 
+def composition_error(error: Exception) -> ConfigError:
+    """Return Hydra's complaint about an override as an error of ours, with the nearest name that there is."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found[1]
+        root, _, rest = key.partition(".")
+        known = [field.name for field in fields(RootConfig)]
+        hint = nearest(root, known) if root not in known else ""
+        where = f"conf/{root}/ has what its files set" if rest and root in known else "conf/train.yaml lists them"
+        return ConfigError(f"unknown setting '{key}'{hint}; {where}")
+    if found := re.search(
+        r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?)(?: Config search|$)", text
+    ):
+        group, name, options = found[1], found[2], found[3].split()
+        return ConfigError(f"{group}={name} does not exist{nearest(name, options)}; there are {', '.join(options)}")
+    return ConfigError(text)
+
+
 def _check_ranges(root: dict[str, Any]) -> None:
     for names, is_allowed, allowed in (
         (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
@@ -124,6 +144,10 @@ def _check_ranges(root: dict[str, Any]) -> None:
         for name in names:
             if root[name] is not None and not is_allowed(root[name]):
                 raise ConfigError(f"{name}={root[name]} must be {allowed}")
+    if root["patience"] is not None and not root["eval_every"]:
+        raise ConfigError(f"patience={root['patience']} counts evaluations, and eval_every=0 has none: set eval_every")
+    if root["warmup_steps"] >= root["steps"]:
+        raise ConfigError(f"warmup_steps={root['warmup_steps']} must be below steps={root['steps']}")
     if root["schedule"] not in SCHEDULES:
         raise ConfigError(
             f"schedule={root['schedule']} is not one of {', '.join(SCHEDULES)}{nearest(root['schedule'], SCHEDULES)}"
@@ -143,7 +167,10 @@ def _check_group(group: str, node: dict[str, Any]) -> None:
 def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any]) -> None:
     """Check a `_target_` node's keys against its callable's signature, then the nodes inside it."""
     if not isinstance(node, dict):
-        raise ConfigError(f"{path}={node!r} is not a group choice; see the files under conf/{path.split('.')[0]}/")
+        raise ConfigError(
+            f"{path}={node!r} is not a group choice; see the files under conf/{path.split('.')[0]}/ "
+            f"(one in a folder there is chosen as algo/kl=k3 is)"
+        )
     if "_target_" not in node:
         raise ConfigError(f"{path} has no _target_: choose one of the files under conf/{path.split('.')[0]}/")
     try:
@@ -172,7 +199,7 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
     if missing and not node.get("_partial_"):
         raise ConfigError(f"{path}.{missing[0]} is not set, and has no default")
     for key, value in node.items():
-        if isinstance(value, dict) and "_target_" in value:
+        if hints.get(key) is NODE or (isinstance(value, dict) and "_target_" in value):
             _check_node(f"{path}.{key}", value, given=[], read={})
 
 
@@ -182,28 +209,25 @@ def _hints(target: Any) -> dict[str, Any]:
         hints = typing.get_type_hints(function)
     except NameError:  # annotations that exist for the type checker only
         return {}
-    return {name: dict if _is_node(hint) else hint for name, hint in hints.items()}
+    return {name: NODE if _is_node(hint) else hint for name, hint in hints.items()}
 
 
 def _is_node(hint: Any) -> bool:
-    """Whether what is annotated so is an object of ours or a function: in YAML, a node with a `_target_`."""
     is_ours = inspect.isclass(hint) and hint.__module__.startswith("rlft.")
     return is_ours or typing.get_origin(hint) is collections.abc.Callable
 
 
 def _check_type(path: str, value: Any, hint: Any) -> None:
-    """Check values of plain types (str, int, float, bool, dict, None, and unions of them); leave others alone."""
+    """Check values of plain types (str, int, float, bool, None and unions of them); leave other annotations alone."""
     options = (
         typing.get_args(hint)
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
         else (hint,)
     )
-    if not set(options) <= {str, int, float, bool, dict, type(None)}:
+    if not set(options) <= {str, int, float, bool, type(None)}:
         return
     allowed = tuple(options) + ((int,) if float in options else ())
     is_stray_bool = isinstance(value, bool) and bool not in options
-    if dict in options and not isinstance(value, allowed):
-        raise ConfigError(f"{path}={value!r} is not a node with a _target_; a group's file is chosen as algo/kl=k3 is")
     if not isinstance(value, allowed) or is_stray_bool:
         names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
         raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {names} is allowed")

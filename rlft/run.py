@@ -7,11 +7,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -29,13 +31,20 @@ _MAY_CHANGE = {"resume", "dry_run", "run_dir", "steps", "max_minutes", "max_toke
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "hydra-core", "tokenizers")
 
 
-def run(config: RootConfig) -> int:
-    """Run one job and return its exit code; raises an `RlftError` (which has one) where it cannot be done."""
+def run(config: RootConfig, given: Collection[str] | None = None) -> int:
+    """Run one job and return its exit code; raises an `RlftError` (which has one) where it cannot be done.
+
+    `given` names the root settings and groups that the command line sets; a resumed run takes the others from its
+    config.yaml. None: all are given.
+    """
     run_dir = _run_dir(config)
+    if config.resume:
+        config = _resumed(config, run_dir, given)
     if config.dry_run:
         job = build.build(config)
         with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
             progress.plan(_plan(config, job, run_dir))
+            build.trainer(job, config, run_dir=run_dir, progress=progress)  # its refusals are part of the plan
         return EXIT_DONE
     with _locked(run_dir), _signals() as stop:
         commit = _commit()
@@ -57,7 +66,8 @@ def run(config: RootConfig) -> int:
         finally:
             job.tracker.close(summary=summary)  # also where training failed: what was logged is not lost
     if reason == "signal":
-        print(f"rlft: stopped by a signal at step {trainer.state.step}; go on with run_dir={run_dir} resume=true")
+        where = f"rlft: stopped by a signal at step {trainer.state.step}"
+        print(f"{where}; go on with: python train.py run_dir={run_dir} resume=true", file=sys.stderr)
         return EXIT_STOPPED
     print(f"rlft: done ({reason}): {run_dir}")
     return EXIT_DONE
@@ -120,25 +130,32 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _check_start(run_dir: Path, config: RootConfig) -> None:
-    """Refuse a directory that holds a run, unless this one may go on with it."""
+    """Refuse a directory that holds a run, unless this one goes on with it. What never logged a row is no run."""
+    metrics = run_dir / "metrics.jsonl"
+    if not config.resume and metrics.exists() and metrics.stat().st_size:
+        raise RunDirectoryError(f"run_dir={run_dir} holds a run; give another one, or go on with it by resume=true")
+
+
+def _resumed(config: RootConfig, run_dir: Path, given: Collection[str] | None) -> RootConfig:
+    """Return the run's own configuration, with what the command line may change in it."""
     path = run_dir / "config.yaml"
     if not path.exists():
-        return
-    if not config.resume:
-        raise RunDirectoryError(f"run_dir={run_dir} holds a run; give another one, or go on with it by resume=true")
+        raise RunDirectoryError(f"run_dir={run_dir} holds no run to go on with; leave out resume=true to start one")
     values, before = _plain(config), yaml.safe_load(path.read_text())
-    changed = [key for key in values if values[key] != before.get(key) and key not in _MAY_CHANGE]
+    given = set(values) if given is None else set(given)
+    changed = [key for key in values if key in given and values[key] != before.get(key) and key not in _MAY_CHANGE]
     if changed:
         key = changed[0]
         raise ConfigError(
             f"resume=true with another {key} than the run in {run_dir} ({values[key]!r}, was {before.get(key)!r}); "
             f"a resumed run may change only {', '.join(sorted(_MAY_CHANGE))}"
         )
+    kept = {key: before[key] for key in values if key in before and key not in given}
+    return replace(config, **kept | ({"betas": tuple(kept["betas"])} if "betas" in kept else {}))
 
 
 def _write_config(run_dir: Path, config: RootConfig) -> None:
-    if not (run_dir / "config.yaml").exists():
-        _write(run_dir / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+    _write(run_dir / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
 
 
 def _plain(config: RootConfig) -> dict:
@@ -163,6 +180,7 @@ def _finish(
         "name": config.name,
         "exit_reason": reason,
         "steps": state.step,
+        "metrics": trainer.last_row,
         "num_tokens": state.num_tokens,
         "seconds": round(state.seconds, 1),
         "evaluation": {"before": state.before, "after": state.after},
@@ -179,6 +197,8 @@ def _finish(
 
 def _commit() -> str | None:
     """Return the source's git commit, with -dirty where files differ from it; None outside a checkout."""
+    if shutil.which("git") is None:
+        return None
     here = Path(__file__).parent
     result = subprocess.run(
         ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12"],

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from rlft.algos.kl import KLPenalty
-from rlft.algos.parts import function_of, parameters
+from rlft.algos.parts import Stateful, call, function_of, parameters
 from rlft.errors import ConfigError
 from rlft.functional.surrogates import score_function, sequence_ratio
 from rlft.functional.weights import best_of_group, reward_weighted
@@ -16,6 +18,7 @@ def check(
     *,
     advantage: Callable[..., Any],
     surrogate: Callable[..., Any],
+    aggregation: Callable[..., Any],
     kl: KLPenalty,
     critic: Callable[..., Any] | None,
     has_reference: bool,
@@ -106,3 +109,25 @@ def check(
     for applies, reason in refused:
         if applies:
             raise ConfigError(reason)
+    _try_parts(advantage, surrogate, aggregation, group_size=group_size)
+
+
+def _try_parts(
+    advantage: Callable[..., Any], surrogate: Callable[..., Any], aggregation: Callable[..., Any], *, group_size: int
+) -> None:
+    """Call each part once on zeros, so that a setting outside its range is refused here and not at the first step."""
+    zeros, mask = torch.zeros(group_size, 2), torch.ones(group_size, 2, dtype=torch.bool)
+    tokens, values = "mask" in parameters(advantage), {"values": zeros, "mask": mask, "group_size": group_size}
+    rewards = zeros if tokens else zeros[:, 0]
+    calls = {
+        "advantage": lambda: call(advantage, rewards=rewards, greedy_rewards=zeros[:, 0], **values),
+        "surrogate": lambda: call(surrogate, logprobs=zeros, old_logprobs=zeros, advantages=zeros, mask=mask),
+        "aggregation": lambda: call(aggregation, x=zeros, mask=mask, num_tokens=1.0, num_sequences=1.0),
+    }
+    for axis, attempt in calls.items():
+        if axis == "advantage" and isinstance(advantage, Stateful):
+            continue  # it would remember the zeros, and has checked its settings already
+        try:
+            attempt()
+        except ValueError as error:
+            raise ConfigError(f"algo.{axis}: {error}") from error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rlft.algos.base import Evaluation
+from rlft.algos.likelihood import perplexity
 from rlft.algos.scoring import add_rewards, exact_token_kl, frozen_scores, sample_rows, score
 from rlft.data.prompts import PromptData
 from rlft.errors import DataError, RewardError
@@ -77,8 +78,17 @@ class Evaluator:
             "eval/distinct_2": distinct_n(texts, 2),
         }
         if "eval/reference_perplexity" in metrics:  # the mean negative logprob until here
-            metrics["eval/reference_perplexity"] = math.exp(metrics["eval/reference_perplexity"])
+            metrics["eval/reference_perplexity"] = perplexity(metrics["eval/reference_perplexity"])
         return Evaluation(metrics, samples)
+
+    def plan(self) -> str:
+        """Return how many prompts are evaluated, and how many were asked for where there are fewer."""
+        available = len(self.data.prompts("validation"))
+        return (
+            f"{available:,}, fewer than eval_prompts={self.num_prompts:,}"
+            if available < self.num_prompts
+            else (f"{self.num_prompts:,} of {available:,}")
+        )
 
     def _add_reference(self, reference: CausalLM, means: Means, rollout: Rollout) -> None:
         """Add the KL in nats a token and a completion, and the reference's loss on the policy's text."""
@@ -92,6 +102,9 @@ class Evaluator:
             kl = torch.zeros_like(kl).masked_scatter(mask, exact)
         means.add("eval/kl", kl, mask)
         means.add("eval/kl_completion", torch.where(mask, kl, 0.0).sum(dim=1))
+        if temperature != 1.0:  # perplexity is of the reference itself, KL of what is sampled
+            with self.autocast():
+                ref = frozen_scores(reference, batch, temperature=1.0, **self.limits)
         means.add("eval/reference_perplexity", -ref.logprobs, mask)
 
 

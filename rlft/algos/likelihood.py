@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -28,3 +29,8 @@ def mean_loss(model: CausalLM, pieces: Iterable[Rows]) -> float:
         total -= float(scorer(rows).logprobs.double().sum())  # 0 where nothing counts
         count += int(rows.completion_mask.sum())
     return total / count
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), inf where that overflows: a diverged model has one too."""
+    return math.exp(loss) if loss < 700 else math.inf

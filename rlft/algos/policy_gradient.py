@@ -118,8 +118,8 @@ class PolicyGradient(Algorithm):
             sampling.max_new_tokens, sampling.temperature, top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens
         )
         self.check(
-            has_reference=reference is not None, world_size=world_size, advantage=advantage, surrogate=surrogate, kl=kl,
-            critic=critic, prompts_per_step=prompts_per_step, group_size=group_size, epochs=epochs,
+            has_reference=reference is not None, world_size=world_size, advantage=advantage, surrogate=surrogate,
+            aggregation=aggregation, kl=kl, critic=critic, prompts_per_step=prompts_per_step, group_size=group_size, epochs=epochs,
             minibatches=minibatches, target_kl=target_kl, whiten_advantages=whiten_advantages,
             resample_zero_std=resample_zero_std, allow_bent_sampling=allow_bent_sampling,
             top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens,
@@ -233,6 +233,7 @@ class PolicyGradient(Algorithm):
         return [
             *self.rollouts.plan(),
             ("optimizer steps per batch", steps),
+            ("held-out prompts", self.evaluator.plan()),
             ("rewards", ", ".join(f"{weight:g} x {name}" for name, weight in self.rollouts.rewards.weights.items())),
             ("KL penalty", kl),
             *((f"data: {name}", f"{count:,}") for name, count in self.rollouts.data.counts.items()),

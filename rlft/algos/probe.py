@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from rlft.algos.likelihood import EVAL_ROWS, mean_loss, text_rows
+from rlft.algos.likelihood import EVAL_ROWS, mean_loss, perplexity, text_rows
 from rlft.data.contexts import Contexts
 from rlft.data.prompts import PromptData
 from rlft.errors import ConfigError
@@ -28,7 +26,7 @@ class TextProbe:
             raise ConfigError("algo/probe=text reads running text: take data=shakespeare_contexts or reviews_contexts")
         blocks = data.text.validation(max_blocks=self.max_blocks).to(device).split(EVAL_ROWS)
         loss = mean_loss(policy, map(text_rows, blocks))
-        metrics = {"eval/loss": loss, "eval/perplexity": math.exp(loss)}
+        metrics = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
         if reference is not None:
             metrics["eval/reference_loss"] = mean_loss(reference, map(text_rows, blocks))
         return metrics

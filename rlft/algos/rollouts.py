@@ -12,6 +12,7 @@ from torch import Tensor
 from rlft.algos.parts import Stateful
 from rlft.algos.scoring import group_std, score
 from rlft.data.prompts import Prompt, PromptData
+from rlft.data.text import TextData
 from rlft.errors import ConfigError
 from rlft.models.base import CausalLM
 from rlft.rewards.compose import RewardOutput, RewardSum
@@ -86,6 +87,8 @@ class Rollouts(Stateful):
         group_size: int,
         max_draws: int,
     ) -> None:
+        if isinstance(data, TextData):
+            raise ConfigError("this algorithm samples from prompts: data=reviews, shakespeare, jsonl, … (no *_text)")
         _check_room(data, max_new_tokens=sampling.max_new_tokens, context_length=policy.context_length)
         self.policy, self.rewards, self.data, self.tokenizer = policy, rewards, data, tokenizer
         self.sampling, self.seed, self.device, self.autocast, self.clock = sampling, seed, device, autocast, clock
@@ -135,7 +138,7 @@ class Rollouts(Stateful):
         while missing > 0 and num_draws < self.max_draws:
             drawn = self._draw(self.num_drawn)
             self.num_drawn, num_draws = self.num_drawn + 1, num_draws + 1
-            has_spread = (group_std(drawn.scored.total, group_size=self.group_size) > 1e-8).tolist()
+            has_spread = (group_std(drawn.scored.total, group_size=self.group_size) > 0).tolist()
             good = [p for p, spread in enumerate(has_spread) if spread][:missing]
             without.append(drawn.keep([p for p, spread in enumerate(has_spread) if not spread]))
             with_spread.append(drawn.keep(good))
@@ -174,6 +177,13 @@ def _check_room(data: PromptData, *, max_new_tokens: int, context_length: int) -
     if longest is not None and len(longest.ids) + max_new_tokens > context_length:
         raise ConfigError(
             f"{longest.where}: a prompt of {len(longest.ids)} tokens and max_new_tokens={max_new_tokens} do not fit "
-            f"the model's context of {context_length}: lower max_new_tokens, or leave long prompts out by "
-            f"data.max_prompt_tokens={max(1, context_length - max_new_tokens)} data.on_long=skip"
+            f"the model's context of {context_length}: lower max_new_tokens{_shorter(context_length - max_new_tokens)}"
         )
+
+
+def _shorter(room: int) -> str:
+    if room < 1:
+        return f" by more than {-room}"
+    return (
+        f", or have prompts of at most {room} tokens (data.prompt_tokens, or data.max_prompt_tokens with on_long=skip)"
+    )

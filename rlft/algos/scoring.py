@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlft.data.prompts import Prompt
+from rlft.functional.advantages import centre_groups
 from rlft.functional.kl import exact
 from rlft.functional.logprobs import CHUNK_BYTES, exact_kl
 from rlft.models.base import CausalLM
@@ -47,7 +48,7 @@ def add_rollout(means: Means, scored: RewardOutput, rollout: Rollout, *, group_s
     if group_size > 1:
         std = group_std(scored.total, group_size=group_size)
         means.add("reward_std", std)
-        means.add("frac_reward_zero_std", std < 1e-8)
+        means.add("frac_reward_zero_std", std == 0)
     lengths = rollout.rows.completion_mask.sum(dim=1)
     means.add("completions/mean_length", lengths)
     means.add_max("completions/max_length", lengths)
@@ -56,10 +57,8 @@ def add_rollout(means: Means, scored: RewardOutput, rollout: Rollout, *, group_s
 
 def group_std(rewards: Tensor, *, group_size: int) -> Tensor:
     """Return each group's standard deviation (ddof 1), [P], of rewards [B] without those that are nan."""
-    groups = rewards.view(-1, group_size)
-    counted = ~groups.isnan()
-    centred = torch.where(counted, groups - groups.nanmean(dim=1, keepdim=True), 0.0)
-    return (centred.square().sum(dim=1) / (counted.sum(dim=1) - 1).clamp(min=1)).sqrt()
+    centred, num = centre_groups(rewards, group_size)  # exactly 0 throughout a group of equal rewards
+    return (centred.square().sum(dim=1) / (num[:, 0] - 1).clamp(min=1)).sqrt()
 
 
 def sample_rows(tokenizer: Tokenizer, prompts: list[Prompt], rollout: Rollout, scored: RewardOutput) -> list[dict]:

@@ -97,7 +97,15 @@ class PromptData:
             rows = self.source.rows(split)
             make = self._whole if self.prompt_tokens is None else self._openings
             self._made[split] = make(rows)
+            if split == "train" and self.prompt_tokens is not None:
+                self._made[split] = self._without_held_out(*self._made[split])
         return self._made[split]
+
+    def _without_held_out(self, prompts: list[Prompt], counts: dict[str, int]) -> tuple[list[Prompt], dict[str, int]]:
+        """Leave out the openings that a held-out text begins with too: whole texts are split, and openings may agree."""
+        held_out = {tuple(prompt.ids) for split in ("validation", "test") for prompt in self._make(split)[0]}
+        kept = [prompt for prompt in prompts if tuple(prompt.ids) not in held_out]
+        return kept, counts | {"leaked_openings": len(prompts) - len(kept)}
 
     def _openings(self, rows: list[Row]) -> tuple[list[Prompt], dict[str, int]]:
         assert self.prompt_tokens is not None

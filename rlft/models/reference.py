@@ -1,10 +1,18 @@
-"""Frozen references, against which KL is measured."""
+"""Frozen references, against which KL is measured. One that is counted from the data is in `rlft/models/bigram.py`."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import torch
+
+from rlft.data.encode import Encoder
+from rlft.errors import CheckpointError, ConfigError
 from rlft.models.base import CausalLM
+from rlft.models.gpt2 import GPT2
+from rlft.paths import resolve
+from rlft.text.huggingface import huggingface
 
 
 def initial(policy: CausalLM) -> CausalLM:
@@ -14,3 +22,58 @@ def initial(policy: CausalLM) -> CausalLM:
 
 def none(policy: CausalLM) -> None:
     """No reference."""
+
+
+def random(policy: CausalLM, *, seed: int) -> CausalLM:
+    """Return a frozen model of the policy's architecture with the fresh weights of `seed`.
+
+    Raises `ConfigError` where they are the policy's own weights, or its architecture is not GPT-2's.
+    """
+    if not isinstance(policy, GPT2):
+        raise ConfigError(
+            f"reference=random draws the weights of a GPT-2, and the policy is a {type(policy).__name__}: take "
+            f"reference=initial, bigram or none"
+        )
+    model = GPT2(policy.config, seed=seed).to(policy.head_weight)
+    if torch.equal(model.head_weight, policy.head_weight):
+        raise ConfigError(f"reference.seed={seed} gives the policy's own weights: take another seed")
+    return model.requires_grad_(False).eval()
+
+
+def checkpoint(policy: CausalLM, *, tokenizer: Encoder, path: str) -> CausalLM:
+    """Return the frozen GPT-2 at `path`: another run's checkpoint, a Hugging Face directory, or a name on the hub.
+
+    Its vocabulary must be the policy's. The size is checked always, the tokens themselves where a local directory
+    holds a `tokenizer.json` (as `<run directory>/model` does; a checkpoint of ours has none).
+
+    Raises `ConfigError` for another vocabulary, a context shorter than the policy's, or a path that holds no model,
+    `CheckpointError` for one that is damaged.
+    """
+    try:
+        model = GPT2.from_pretrained(path)
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(str(error).replace("model.path", "reference.path")) from error
+    if model.vocab_size != policy.vocab_size:
+        raise ConfigError(
+            f"reference.path={path} has a vocabulary of {model.vocab_size}, the policy one of {policy.vocab_size}: a "
+            f"KL is between distributions over the same tokens"
+        )
+    if model.context_length < policy.context_length:
+        raise ConfigError(
+            f"reference.path={path} has {model.context_length} positions, the policy {policy.context_length}: what is "
+            f"longer could not be scored. Take a reference with at least as many"
+        )
+    _check_tokens(path, tokenizer)
+    return model.to(policy.head_weight).requires_grad_(False).eval()
+
+
+def _check_tokens(path: str, tokenizer: Encoder) -> None:
+    if not (Path(resolve(path)) / "tokenizer.json").is_file():
+        return
+    ours, theirs = tokenizer.hf.get_vocab(), huggingface(path).hf.get_vocab()
+    differ = sorted({token for token, _ in ours.items() ^ theirs.items()})
+    if differ:
+        raise ConfigError(
+            f"reference.path={path} has another tokenizer than the policy (they differ in {len(differ)} tokens, as in "
+            f"{differ[0]!r}): a KL is between distributions over the same tokens"
+        )

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="directory of results.md and curves.png")
-    parser.add_argument("--metrics", nargs="+", default=METRICS, help="columns of the table, as in summary.json")
+    parser.add_argument("--metrics", nargs="+", help="columns of the table, as in summary.json")
     parser.add_argument("--reward", default="eval/reward", help="the metric that is drawn")
     parser.add_argument("--samples", type=int, default=0, help="held-out samples before and after, for each name")
     args = parser.parse_args(arguments)
@@ -40,13 +40,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         groups = read_groups(args.runs)
+        known = groups[next(iter(groups))][0].summary["evaluation"]["after"]
+        shown = args.metrics or [metric for metric in METRICS if metric in known]
+        parts = [table.results(groups, list(dict.fromkeys([args.reward, *shown])))]
     except RlftError as error:
         print(f"rlft: {error}", file=sys.stderr)
         return error.exit_code
-    args.out.mkdir(parents=True, exist_ok=True)
-    parts = [table.results(groups, args.metrics), table.provenance(groups)]
+    parts.append(table.provenance(groups))
     if args.samples:
         parts.append(table.samples(groups, args.samples))
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.md").write_text("\n\n".join(parts) + "\n")
     curves.draw(groups, args.out / "curves.png", reward=args.reward)
     print("\n\n".join(parts[:2]))

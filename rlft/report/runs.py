@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import yaml
+
 from rlft.errors import ConfigError
+
+# What differs between runs of one setting.
+_OF_A_RUN = {"seed", "run_dir", "resume", "dry_run", "tracker", "hardware", "log_every", "keep", "save_every"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,10 @@ class Run:
     @property
     def seed(self) -> int:
         return self.summary["seed"]
+
+    @cached_property
+    def config(self) -> dict:
+        return yaml.safe_load((self.directory / "config.yaml").read_text())
 
     @cached_property
     def evaluations(self) -> list[dict]:
@@ -48,12 +57,29 @@ def read_groups(paths: list[Path]) -> dict[str, list[Run]]:
             raise ConfigError(f"{path} holds no finished run (no summary.json at or below it)")
         for file in found:
             run = Run(file.parent, json.loads(file.read_text()))
+            _check_settings(run, groups.get(run.name, {}))
             other = groups.setdefault(run.name, {}).setdefault(run.seed, run)
             if other.directory.resolve() != run.directory.resolve():
                 raise ConfigError(
                     f"{other.directory} and {run.directory} are both seed {run.seed} of '{run.name}'; name one of them"
                 )
     return {name: [runs[seed] for seed in sorted(runs)] for name, runs in groups.items()}
+
+
+def _check_settings(run: Run, others: dict[int, Run]) -> None:
+    """Refuse a run whose settings differ from those of its group: they are not seeds of one setting."""
+    for other in others.values():
+        ours, theirs = ({key: _seedless(value) for key, value in r.config.items()} for r in (run, other))
+        keys = [key for key in ours if key not in _OF_A_RUN and ours[key] != theirs.get(key)]
+        if keys:
+            raise ConfigError(
+                f"{other.directory} and {run.directory} are both named '{run.name}' and differ in {', '.join(keys)}; "
+                f"give each setting its own name=…"
+            )
+
+
+def _seedless(value: object) -> object:
+    return {key: part for key, part in value.items() if key != "seed"} if isinstance(value, dict) else value
 
 
 def _rows(path: Path) -> list[dict]:

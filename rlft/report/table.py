@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from scipy.stats import t as student_t
 
+from rlft.errors import ConfigError, nearest
 from rlft.report.runs import Run
 from rlft.trainer.progress import printable
 
@@ -25,11 +26,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def results(groups: dict[str, list[Run]], metrics: Sequence[str]) -> str:
-    """Return a table with a row for each group: the metrics before training, and after it as mean ± 95 % interval."""
+    """Return a table with two rows for each group: the metrics before training, and after it as mean ± 95 % interval.
+
+    Raises `ConfigError` for a metric that no run has.
+    """
+    known = sorted({name for runs in groups.values() for run in runs for name in run.summary["evaluation"]["after"]})
+    for metric in metrics:
+        if metric not in known:
+            raise ConfigError(f"no run has the metric {metric}{nearest(metric, known)}; there are {', '.join(known)}")
     lines = ["| runs | seeds | " + " | ".join(metrics) + " |", "|---" * (2 + len(metrics)) + "|"]
-    first = next(iter(groups.values()))[0].summary["evaluation"]["before"]
-    lines.append("| before training | | " + " | ".join(_number(first.get(metric)) for metric in metrics) + " |")
     for name, runs in groups.items():
+        before = [interval([run.summary["evaluation"]["before"].get(m, math.nan) for run in runs])[0] for m in metrics]
+        lines.append(f"| {name}, before training | | " + " | ".join(map(_number, before)) + " |")
         cells = []
         for metric in metrics:
             values = [run.summary["evaluation"]["after"].get(metric) for run in runs]
@@ -44,9 +52,10 @@ def samples(groups: dict[str, list[Run]], count: int) -> str:
     """Return the first `count` held-out prompts with the completions before and after training, the first seed's."""
     parts = []
     for name, (run, *_) in groups.items():
-        last = run.evaluations[-1]["step"]
+        untouched, all_last = run.samples(0), run.samples(run.evaluations[-1]["step"])
+        last = all_last[-len(untouched) :]  # an early-stopped run ends with a second evaluation, of its best policy
         lines = [f"#### {name}, seed {run.seed}", "", "| prompt | before | after |", "|---|---|---|"]
-        for before, after in list(zip(run.samples(0), run.samples(last), strict=True))[:count]:
+        for before, after in list(zip(untouched, last, strict=True))[:count]:
             lines.append(f"| {_cell(before['prompt'])} | {_scored(before)} | {_scored(after)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -66,7 +75,8 @@ def provenance(groups: dict[str, list[Run]]) -> str:
 
 
 def _scored(row: dict) -> str:
-    return f"{_cell(row['completion'])} ({row['reward']:+.2f})"
+    reward = row.get("reward")
+    return _cell(row["completion"]) + ("" if reward is None else f" ({reward:+.2f})")
 
 
 def _cell(text: str) -> str:

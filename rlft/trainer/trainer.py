@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from rlft.algos.base import Algorithm, Totals
+from rlft.counted import generator
 from rlft.errors import ConfigError, NonFiniteError
 from rlft.models.base import CausalLM
 from rlft.models.scorer import Scorer
@@ -109,6 +110,7 @@ class Trainer:
         )
         self.state = TrainState()
         self.batch: Batch | None = None
+        self.last_row: dict[str, float] = {}
 
     def resume(self) -> None:
         """Continue from the newest checkpoint; the rows that were logged after it are dropped and computed again."""
@@ -146,7 +148,7 @@ class Trainer:
                 return "signal"
         if reason == "early_stopping":
             assert self.state.best_step is not None
-            self.checkpoints.load(self.state.best_step, self.policy)
+            self.checkpoints.load(self.state.best_step, self.policy, head=self.algorithm.head)
             self.state.after = self._evaluate(f"the best policy, of step {self.state.best_step}")
         return reason
 
@@ -187,6 +189,9 @@ class Trainer:
         self.scorer.train()
         for i, micro in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
+            # Dropout, where a model has it, draws from torch's generator: seeded by what is scored, as all draws here.
+            key = (step, i, self.accelerator.process_index)
+            torch.manual_seed(int(generator(self.settings.seed, "dropout", *key).integers(2**62)))
             with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
                 share = self.algorithm.loss(self.scorer, micro, totals, means, update=update)
                 # Ranks average their gradients; a loss over global counts wants their sum.
@@ -246,7 +251,7 @@ class Trainer:
         self.state.non_finite_in_row += 1
         path = self.run_dir / "non_finite_batch.safetensors"
         tensors = vars(batch.rows) | batch.values
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
         step = self.state.step + 1
         self.progress.message(f"step {step} skipped: loss {loss}, gradient norm {grad_norm}; batch saved to {path}")
         if self.state.non_finite_in_row >= MAX_NON_FINITE_STEPS:
@@ -262,11 +267,10 @@ class Trainer:
             evaluation = self.algorithm.evaluate()
         name, mode = self.algorithm.objective
         sign = 1.0 if mode == "max" else -1.0
-        value = evaluation.metrics.get(name, math.nan)
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"{name} is {value} in the evaluation at step {self.state.step}: nothing can be compared"
-            )
+        for metric, number in evaluation.metrics.items():
+            if not math.isfinite(number):
+                raise NonFiniteError(f"{metric} is {number} in the evaluation at step {self.state.step}")
+        value = evaluation.metrics[name]
         if self.state.best_value is None or sign * value > sign * self.state.best_value:
             self.state.best_value, self.state.best_step, self.state.evals_since_best = value, self.state.step, 0
         elif self.state.best_step != self.state.step:
@@ -280,10 +284,11 @@ class Trainer:
         return evaluation.metrics
 
     def _log(self, row: dict[str, float]) -> None:
+        self.last_row = row
         self.metrics_file.write(row)
+        self.progress.step(self.state.step, row)  # which has its own log_every
         if self.state.step % self.settings.log_every == 0 or self.algorithm.objective[0] in row:
             self.tracker.log(self.state.step, row)
-            self.progress.step(self.state.step, row)
 
     def _is_due(self, every: int) -> bool:
         """Whether a multiple of `every` was reached by the batch that ends here: between batches only."""

@@ -203,7 +203,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(name, overrides, argumen
 
 def test_a_prompt_that_leaves_no_room_for_a_completion_is_refused():
     build("grpo", prompts=("a" * 27, "b"))  # 27 + 5 tokens fill the context of 32
-    with pytest.raises(ConfigError, match=r"list:1: a prompt of 28 tokens .* data\.max_prompt_tokens=27"):
+    with pytest.raises(ConfigError, match=r"list:1: a prompt of 28 tokens .* prompts of at most 27 tokens"):
         build("grpo", prompts=("b", "a" * 28))
 
 

@@ -11,7 +11,7 @@ from rlft.report.runs import read_groups
 from rlft.report.table import interval, results, samples
 
 
-def write_run(directory, *, name="held", seed=0, rewards=(0.0, 0.5), text="a | b\nc"):
+def write_run(directory, *, name="held", seed=0, rewards=(0.0, 0.5), text="a | b\nc", **config):
     """A finished run of two evaluations, at steps 0 and 10."""
     directory.mkdir(parents=True)
     evaluations = [{"eval/reward": r, "eval/kl_completion": 4 * r} for r in rewards]
@@ -21,6 +21,7 @@ def write_run(directory, *, name="held", seed=0, rewards=(0.0, 0.5), text="a | b
         "evaluation": {"before": evaluations[0], "after": evaluations[-1]},
     }  # fmt: skip
     (directory / "summary.json").write_text(json.dumps(summary))
+    (directory / "config.yaml").write_text(json.dumps({"seed": seed, "name": name, "model": {"seed": seed}} | config))
     rows = [{"step": 10 * i, "num_tokens": 100 * i} | e for i, e in enumerate(evaluations)]
     rows.insert(1, {"step": 5, "reward": 0.1})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -56,6 +57,22 @@ def test_two_runs_of_one_seed_are_refused(tmp_path):
         read_groups([tmp_path])
 
 
+def test_runs_of_different_settings_are_no_seeds_of_one(tmp_path):
+    write_run(tmp_path / "a", seed=0, learning_rate=1.0)
+    write_run(tmp_path / "b", seed=1, learning_rate=2.0)
+    with pytest.raises(ConfigError, match="differ in learning_rate"):
+        read_groups([tmp_path])
+
+
+def test_an_early_stopped_run_shows_its_last_samples(tmp_path):
+    write_run(tmp_path / "a")
+    with (tmp_path / "a" / "samples.jsonl").open("a") as file:  # the best policy, evaluated again at the end
+        for p in range(3):
+            row = {"step": 10, "split": "eval", "prompt": f"p{p}", "completion": "best", "reward": None}
+            file.write(json.dumps(row) + "\n")
+    assert samples(read_groups([tmp_path]), 1).splitlines()[-1].endswith("| best |")
+
+
 def test_a_path_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no summary\.json"):
         read_groups([tmp_path])
@@ -65,10 +82,12 @@ def test_a_path_without_a_finished_run_is_refused(tmp_path):
 def test_results_hold_before_and_after_with_the_interval_over_seeds(tmp_path):
     for seed, after in enumerate((0.4, 0.6)):
         write_run(tmp_path / str(seed), seed=seed, rewards=(0.1, after))
-    rows = results(read_groups([tmp_path]), ["eval/reward", "eval/absent"]).splitlines()
-    assert rows[2] == "| before training | | 0.100 | – |"
+    rows = results(read_groups([tmp_path]), ["eval/reward"]).splitlines()
+    assert rows[2] == "| held, before training | | 0.100 |"
     # s = 0.1414, half-width 12.706 * 0.1 = 1.271
-    assert rows[3] == "| held | 0, 1 | 0.500 ± 1.271 | – |"
+    assert rows[3] == "| held | 0, 1 | 0.500 ± 1.271 |"
+    with pytest.raises(ConfigError, match="did you mean 'eval/reward'"):
+        results(read_groups([tmp_path]), ["eval/rewrd"])
 
 
 def test_samples_stand_side_by_side_and_break_no_table(tmp_path):
