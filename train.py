@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -19,10 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 def main(config: DictConfig) -> None:
     overrides = HydraConfig.get().overrides.task
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        # A fresh process for each job of a sweep: no memory and no random state leaks from one to the next.
-        job = subprocess.run([sys.executable, __file__, *overrides], check=False)
-        if job.returncode:
-            raise SystemExit(job.returncode)
+        code = sweep_job([*hydra_arguments(sys.argv[1:]), *overrides])
+        if code:
+            raise SystemExit(code)
         return
     from rlft.config import checked
     from rlft.run import run
@@ -30,6 +30,34 @@ def main(config: DictConfig) -> None:
     # An experiment file may set anything; other overrides set the root setting or the group that they begin with.
     names = {re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0] for override in overrides}
     raise SystemExit(run(checked(config), None if "experiment" in names else names))
+
+
+def sweep_job(arguments: list[str]) -> int:
+    """Run one job of a sweep in a fresh process: no memory and no random state leaks from one to the next.
+
+    SIGTERM and SIGINT are handed on, so that the job saves its checkpoint; its exit code is returned.
+    """
+    job = subprocess.Popen([sys.executable, __file__, *arguments], start_new_session=True)
+    before = {
+        number: signal.signal(number, lambda received, frame: job.send_signal(received))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        code = job.wait()
+        return code if code >= 0 else 128 - code  # a job that a signal killed, as a shell says it
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def hydra_arguments(arguments: list[str]) -> list[str]:
+    """Return what says where a sweep's YAML files are: --config-dir, --config-path, --config-name, hydra.searchpath."""
+    kept = []
+    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = flag.partition("=")
+        if name in ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"):
+            kept += [name, value or following]
+    return kept + [a for a in arguments if a.startswith("hydra.searchpath=")]  # flags come before overrides
 
 
 def command_line() -> int:

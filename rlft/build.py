@@ -99,11 +99,11 @@ def algorithm_node(name: str, overrides: Sequence[str] = (), **sizes: Any) -> di
     roots = [f"+{key}={'null' if value is None else value}" for key, value in sizes.items()]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config: Any = compose(overrides=[f"+algo={name}", *roots, *overrides])
+            config = compose(overrides=[f"+algo={name}", *roots, *overrides])
             values: Any = OmegaConf.to_container(config, resolve=True)
-            return values["algo"]
     except HydraException as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    return values["algo"]
 
 
 def algorithm(node: dict[str, Any], **objects: Any) -> Any:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import collections.abc
 import inspect
+import math
 import re
 import types
 import typing
 from dataclasses import dataclass, fields
 from typing import Any
 
+from hydra.errors import OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -90,6 +92,7 @@ _AT_LEAST_ONE = ("steps", "prompts_per_step", "group_size", "max_new_tokens", "e
                  "micro_batch", "micro_batch_tokens", "max_tokens", "patience")  # fmt: skip
 _AT_LEAST_ZERO = ("seed", "warmup_steps", "eval_every", "save_every", "weight_decay", "final_learning_rate_fraction")
 _ABOVE_ZERO = ("temperature", "learning_rate", "max_grad_norm", "max_minutes")
+_FINITE = ("temperature", "learning_rate")
 
 
 def checked(config: DictConfig) -> RootConfig:
@@ -120,6 +123,8 @@ def checked(config: DictConfig) -> RootConfig:
 def composition_error(error: Exception) -> ConfigError:
     """Return Hydra's complaint about an override as an error of ours, with the nearest name that there is."""
     text = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override} is not an override: {text}")
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found[1]
         root, _, rest = key.partition(".")
@@ -140,6 +145,7 @@ def _check_ranges(root: dict[str, Any]) -> None:
         (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
         (_AT_LEAST_ZERO, lambda x: x >= 0, "at least 0"),
         (_ABOVE_ZERO, lambda x: x > 0, "above 0"),
+        (_FINITE, math.isfinite, "finite"),
     ):
         for name in names:
             if root[name] is not None and not is_allowed(root[name]):

@@ -11,25 +11,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from hydra import compose, initialize_config_dir
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
+from rlft import build
 from rlft.algos.policy_gradient import PolicyGradient
 from rlft.algos.sft import SFT
 from rlft.counted import generator, order
 from rlft.data.prompts import Prompt
 from rlft.models.base import CausalLM
 from rlft.models.gpt2 import GPT2
-from rlft.rewards.compose import RewardOutput, RewardSum
+from rlft.rewards.compose import RewardSum
 from rlft.rollout.sampling import Sampling
 from rlft.text.characters import characters
 from rlft.trainer.metrics import Clock
 from rlft.trainer.trainer import Trainer, TrainSettings
+from rlft.verify.tasks import ExactRewards
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = build.CONF
 ALPHABET = "abcdefghijk"  # ids 0 .. 10; 11 ends a text
 CPU = torch.device("cpu")
 TOKENIZER = characters(alphabet=ALPHABET)
@@ -80,12 +78,7 @@ class FixedText:
         return self.held_out[:max_blocks]
 
 
-class Float64Rewards(RewardSum):
-    """Totals in float64, so that nothing but the code under test rounds (give values that float32 holds exactly)."""
-
-    def __call__(self, **keywords: Any) -> RewardOutput:
-        out = super().__call__(**keywords)
-        return RewardOutput(out.total.double(), out.components)
+Float64Rewards = ExactRewards  # totals in float64; give values that float32 holds exactly
 
 
 def share_of_a(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -97,13 +90,7 @@ def reward_sum(function: Callable[..., Any], *, cls: type[RewardSum] = RewardSum
     return cls({"r": function}, weights={"r": 1.0}, timeouts={"r": 60.0})
 
 
-@functools.cache
-def algo_node(name: str, overrides: tuple[str, ...], sizes: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """conf/algo/<name>.yaml composed with its groups, resolved, as plain values."""
-    roots = [f"+{key}={'null' if value is None else value}" for key, value in sizes]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose(overrides=[f"+algo={name}", *roots, *overrides]), resolve=True)
-    return config["algo"]
+algorithm_node = functools.cache(build.algorithm_node)
 
 
 def policy_gradient(
@@ -120,18 +107,14 @@ def policy_gradient(
     parts: dict[str, Any] | None = None,
     **sizes: Any,
 ) -> PolicyGradient:
-    """Build an algorithm from its YAML as rlft/build.py does; `parts` replaces built parts."""
+    """Build an algorithm from its YAML; `parts` replaces built parts."""
     defaults = {
         "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 5, "eval_prompts": 4, "micro_batch": None,
         "micro_batch_tokens": None,
     }  # fmt: skip
     sizes = defaults | sizes
-    node = algo_node(name, overrides, tuple(sizes.items()))
-    try:
-        made = instantiate(node | {"_partial_": True}, _convert_="all")
-    except InstantiationException as error:
-        raise error.__cause__ or error from None  # a part refused its arguments
-    return made(
+    return build.algorithm(
+        algorithm_node(name, overrides, **sizes),
         policy=policy, reference=reference, rewards=rewards or reward_sum(share_of_a), data=FixedPrompts(prompts),
         tokenizer=TOKENIZER, sampling=Sampling(sizes["max_new_tokens"], temperature), seed=seed, device=CPU,
         autocast=nullcontext, is_float32=True, rank=rank, world_size=world_size, clock=Clock(), **(parts or {}),

@@ -119,8 +119,8 @@ class PolicyGradient(Algorithm):
         )
         self.check(
             has_reference=reference is not None, world_size=world_size, advantage=advantage, surrogate=surrogate,
-            aggregation=aggregation, kl=kl, critic=critic, prompts_per_step=prompts_per_step, group_size=group_size, epochs=epochs,
-            minibatches=minibatches, target_kl=target_kl, whiten_advantages=whiten_advantages,
+            aggregation=aggregation, kl=kl, critic=critic, prompts_per_step=prompts_per_step, group_size=group_size,
+            epochs=epochs, minibatches=minibatches, target_kl=target_kl, whiten_advantages=whiten_advantages,
             resample_zero_std=resample_zero_std, allow_bent_sampling=allow_bent_sampling,
             top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens,
         )  # fmt: skip

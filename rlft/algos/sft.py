@@ -1,16 +1,20 @@
-"""Supervised language-model training on plain text: the mean negative log-likelihood per token.
+"""Supervised language-model training on plain text, or on completions of prompts: the mean loss per token.
 
-loss = -(1 / N) sum log pi(x_t | x_<t), N the tokens of the whole optimizer batch. Perplexity is its exponential.
+loss = -(1 / N) sum log pi(x_t | x_<t), N the tokens of the whole optimizer batch that count: of plain text all, behind
+a prompt those of the completion, its end-of-text token included. Perplexity is the exponential.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rlft.algos.base import Algorithm, Evaluation, Totals
+from rlft.algos.examples import check_room, completion_rows, held_out, show_samples
+from rlft.algos.likelihood import EVAL_ROWS, mean_loss, perplexity, text_rows
+from rlft.data.completions import CompletionData, Example
 from rlft.data.text import TextData
 from rlft.functional.aggregation import token_mean
 from rlft.models.base import CausalLM
@@ -20,16 +24,15 @@ from rlft.text.tokenizer import Tokenizer
 from rlft.trainer.batch import Batch
 from rlft.trainer.metrics import Means
 
-EVAL_ROWS = 32  # blocks in one forward of an evaluation
-
 
 class SFT(Algorithm):
-    """Next-token training on blocks of text, evaluated by the perplexity of held-out blocks.
+    """Next-token training on blocks of text or on completions, evaluated by the perplexity of held-out ones.
 
     Arguments:
-        rows_per_step: blocks in an optimizer batch, over all ranks.
-        eval_blocks: held-out blocks that an evaluation reads; None for all of them.
-        sampling: how the samples of an evaluation are drawn, from the end-of-text token on.
+        data: blocks of plain text, or prompts with a completion each.
+        rows_per_step: blocks or completions in an optimizer batch, over all ranks.
+        eval_blocks: held-out blocks or completions that an evaluation reads; None for all of them.
+        sampling: how the samples of an evaluation are drawn, from the end-of-text token on or behind held-out prompts.
     """
 
     objective = ("eval/loss", "min")
@@ -39,7 +42,7 @@ class SFT(Algorithm):
         *,
         policy: CausalLM,
         tokenizer: Tokenizer,
-        data: TextData,
+        data: TextData | CompletionData,
         sampling: Sampling,
         rows_per_step: int,
         eval_blocks: int | None,
@@ -48,13 +51,15 @@ class SFT(Algorithm):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if isinstance(data, CompletionData):
+            check_room(data, context_length=policy.context_length)
         self.policy, self.tokenizer, self.data, self.sampling = policy, tokenizer, data, sampling
         self.rows_per_step, self.eval_blocks, self.seed, self.device = rows_per_step, eval_blocks, seed, device
         self.rank, self.world_size = rank, world_size
 
     def collect(self, batch_index: int) -> Batch:
-        blocks = self.data.batch(batch_index, size=self.rows_per_step, seed=self.seed)
-        return Batch(_text_rows(blocks[self.rank :: self.world_size].to(self.device)))
+        drawn = self.data.batch(batch_index, size=self.rows_per_step, seed=self.seed)
+        return Batch(self._rows(drawn[self.rank :: self.world_size]))
 
     def loss(self, scorer: Scorer, batch: Batch, totals: Totals, means: Means, *, update: int) -> Tensor:
         scores = scorer(batch.rows)
@@ -62,23 +67,34 @@ class SFT(Algorithm):
         means.add("entropy", scores.entropy, mask)
         return token_mean(-scores.logprobs, mask, num_tokens=totals.num_tokens)
 
-    @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        scorer, total, count = Scorer(self.policy), 0.0, 0
-        for blocks in self.data.validation(max_blocks=self.eval_blocks).split(EVAL_ROWS):
-            scores = scorer(_text_rows(blocks.to(self.device)))
-            total -= float(scores.logprobs.double().sum())
-            count += scores.logprobs.numel()
-        loss = total / count
-        return Evaluation({"eval/loss": loss, "eval/perplexity": math.exp(loss)}, self._samples())
+        loss = mean_loss(self.policy, map(self._rows, self._held_out()))
+        return Evaluation({"eval/loss": loss, "eval/perplexity": perplexity(loss)}, self._samples())
 
     def plan(self) -> list[tuple[str, str]]:
+        counts = [(f"data: {name}", f"{count:,}") for name, count in self.data.counts.items()]
+        if isinstance(self.data, CompletionData):
+            return [("completions per step", f"{self.rows_per_step:,}"), *counts]
         block = self.data.block_size
-        return [("tokens per step", f"{self.rows_per_step} blocks x {block} = {self.rows_per_step * block:,}")] + [
-            (f"data: {name}", f"{count:,}") for name, count in self.data.counts.items()
-        ]
+        tokens = f"{self.rows_per_step} blocks x {block} = {self.rows_per_step * block:,}"
+        return [("tokens per step", tokens), *counts]
+
+    def _held_out(self) -> Sequence[Tensor | list[Example]]:
+        """Return what an evaluation reads, in pieces of EVAL_ROWS."""
+        if not isinstance(self.data, CompletionData):
+            return self.data.validation(max_blocks=self.eval_blocks).split(EVAL_ROWS)
+        examples = held_out(self.data, self.eval_blocks)
+        return [examples[start : start + EVAL_ROWS] for start in range(0, len(examples), EVAL_ROWS)]
+
+    def _rows(self, drawn: Tensor | list[Example]) -> Rows:
+        if isinstance(drawn, Tensor):
+            return text_rows(drawn.to(self.device))
+        return completion_rows(drawn, device=self.device)
 
     def _samples(self) -> list[dict]:
+        if isinstance(self.data, CompletionData):
+            examples = held_out(self.data, self.eval_blocks)
+            return show_samples(self.policy, self.tokenizer, examples, sampling=self.sampling, device=self.device)
         if self.tokenizer.eos_id is None:
             return []
         rollout = generate(
@@ -87,10 +103,3 @@ class SFT(Algorithm):
         )  # fmt: skip
         texts = self.tokenizer.decode_batch(rollout.completions())
         return [{"prompt": "", "completion": text} for text in texts]
-
-
-def _text_rows(blocks: Tensor) -> Rows:
-    """View blocks `[B, T + 1]` as B one-token prompts with T counted tokens each."""
-    num_rows = torch.arange(len(blocks), device=blocks.device)
-    targets = blocks[:, 1:]
-    return Rows(blocks[:, :1], torch.ones_like(num_rows), num_rows, targets, torch.ones_like(targets, dtype=torch.bool))

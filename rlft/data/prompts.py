@@ -102,7 +102,7 @@ class PromptData:
         return self._made[split]
 
     def _without_held_out(self, prompts: list[Prompt], counts: dict[str, int]) -> tuple[list[Prompt], dict[str, int]]:
-        """Leave out the openings that a held-out text begins with too: whole texts are split, and openings may agree."""
+        """Leave out the openings that a held-out text has too: whole texts are split, and openings may agree."""
         held_out = {tuple(prompt.ids) for split in ("validation", "test") for prompt in self._make(split)[0]}
         kept = [prompt for prompt in prompts if tuple(prompt.ids) not in held_out]
         return kept, counts | {"leaked_openings": len(prompts) - len(kept)}

@@ -1,7 +1,8 @@
 """Records (JSON objects, table rows) made into rows: which column is the text, what is refused, what is counted.
 
 The columns are TRL's: the text column is `prompt` (a string, or a conversation: a list of `{"role", "content"}`), or
-`text`; every other column is kept and handed to the rewards.
+`text`; every other column is kept and handed to the rewards. A record with `chosen` and `rejected` may leave the prompt
+out: it is what the two share (TRL's implicit prompt).
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def make_row(record: Any, where: str, prompt_column: str) -> Row:
         raise record
     if not isinstance(record, dict):
         raise DataError(f"{where}: a row is an object with named columns, got {type(record).__name__}")
+    record = _with_prompt(record, prompt_column)
     if prompt_column not in record:
         names = ", ".join(map(str, record)) or "none"
         hint = nearest(prompt_column, map(str, record))
@@ -140,13 +142,41 @@ def make_row(record: Any, where: str, prompt_column: str) -> Row:
     columns = {name: value for name, value in record.items() if name != prompt_column}
     value = record[prompt_column]
     if isinstance(value, str):
-        _check_unicode(value, where, prompt_column)
+        check_unicode(value, where, prompt_column)
         return Row(value, columns, where)
-    messages = _messages(value, where, prompt_column)
+    messages = check_messages(value, where, prompt_column)
     return Row("\n".join(message["content"] for message in messages), columns, where, messages)
 
 
-def _messages(value: Any, where: str, prompt_column: str) -> tuple[dict[str, str], ...]:
+def _with_prompt(record: dict, prompt_column: str) -> dict:
+    """Return a record whose chosen and rejected texts hold the prompt with the prompt apart, any other as it is.
+
+    As in TRL, but for texts that part within a word, which are cut at the end of the word before it. A completion so
+    begins with its white space.
+    """
+    chosen: Any = record.get("chosen")
+    rejected: Any = record.get("rejected")
+    is_chat = isinstance(chosen, list) and isinstance(rejected, list)
+    is_text = isinstance(chosen, str) and isinstance(rejected, str)
+    if record.get(prompt_column) is not None or not (is_chat or is_text):
+        return record
+    pairs = enumerate(zip(chosen, rejected, strict=False))  # one may end earlier
+    size = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
+    if is_text:
+        size = _whole_words(chosen[:size])
+    return record | {prompt_column: chosen[:size], "chosen": chosen[size:], "rejected": rejected[size:]}
+
+
+def _whole_words(text: str) -> int:
+    """Return the length of the text without its last word, which may be cut, and without white space at the end."""
+    if text[-1:].isspace():
+        return len(text.rstrip())
+    parts = text.rsplit(None, 1)
+    return len(parts[0]) if len(parts) == 2 else 0
+
+
+def check_messages(value: Any, where: str, prompt_column: str) -> tuple[dict[str, str], ...]:
+    """Return a conversation's messages, or raise `DataError` that says what is wrong and what is allowed."""
     allowed = f"{prompt_column!r} is a string, or a list of messages such as [{{'role': 'user', 'content': 'Hi'}}]"
     if not isinstance(value, list) or not value:
         got = "an empty list" if value == [] else type(value).__name__
@@ -157,11 +187,12 @@ def _messages(value: Any, where: str, prompt_column: str) -> tuple[dict[str, str
         if message["role"] not in ROLES:
             hint = nearest(message["role"], ROLES)
             raise DataError(f"{where}: role is one of {', '.join(ROLES)}, got {message['role']!r}{hint}")
-        _check_unicode(message["content"], where, prompt_column)
+        check_unicode(message["content"], where, prompt_column)
     return tuple(value)
 
 
-def _check_unicode(text: str, where: str, column: str) -> None:
+def check_unicode(text: str, where: str, column: str) -> None:
+    """Raise `DataError` for a text with half of a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

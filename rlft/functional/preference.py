@@ -1,8 +1,8 @@
-"""Losses on pairs: a chosen and a rejected completion of one prompt.
+"""Losses on preferences: pairs of a chosen and a rejected completion of one prompt, or completions with a label.
 
-Each returns the loss of every pair [B], to be averaged over the pairs of the whole optimizer batch. With
+Each returns the loss of every pair (or completion) [B], to be averaged over those of the whole optimizer batch. With
 h = (chosen - ref_chosen) - (rejected - ref_rejected), the margin of the pair's summed log ratios. Gradients flow into
-`chosen` and `rejected`; the reference is detached.
+`chosen` and `rejected`; the reference is detached. A loss without `ref_` arguments needs no reference.
 """
 
 from __future__ import annotations
@@ -66,6 +66,112 @@ def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
     return (_margin(chosen, rejected, ref_chosen, ref_rejected) - 1.0 / (2.0 * beta)).square()
 
 
+def simpo(
+    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, beta: float, gamma: float
+) -> Tensor:
+    """Return the SimPO loss (arXiv:2405.14734, eq. 6): the logprob per token is the reward, and no reference is needed.
+
+        loss = -log sigmoid(beta chosen / |chosen| - beta rejected / |rejected| - gamma)
+
+    Args:
+        chosen, rejected: [B] floating, the policy's logprobs summed over each completion's tokens.
+        chosen_lengths, rejected_lengths: [B], tokens of each completion, at least 1.
+        beta: scale of the reward, > 0; 2 to 2.5 in the paper.
+        gamma: margin between the two rewards, at least 0; 0.3 to 1.6 in the paper.
+
+    Returns:
+        [B], at least 0.
+
+    Raises:
+        ValueError: for a beta that is not positive or a negative gamma.
+    """
+    _check_beta(beta)
+    if not gamma >= 0.0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    _check_pairs(chosen, rejected, chosen_lengths, rejected_lengths)
+    return -logsigmoid(beta * (chosen / chosen_lengths - rejected / rejected_lengths) - gamma)
+
+
+def orpo(chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, beta: float) -> Tensor:
+    """Return the ORPO loss (arXiv:2403.07691, eq. 6 and 7): likelihood of the chosen one, and an odds ratio.
+
+        loss = -m_c - beta log sigmoid(log odds(m_c) - log odds(m_r)),   odds(m) = e^m / (1 - e^m)
+
+    with m the mean logprob per token. The published code (and TRL) takes the first term over the prompt's tokens as
+    well, and its mean over all tokens of the batch; here it is the completion's alone, each pair weighing the same.
+
+    Args:
+        chosen, rejected: [B] floating, the policy's logprobs summed over each completion's tokens.
+        chosen_lengths, rejected_lengths: [B], tokens of each completion, at least 1.
+        beta: the paper's lambda, > 0; 0.1 to 0.25 in the paper.
+
+    Returns:
+        [B], at least 0.
+
+    Raises:
+        ValueError: for a beta that is not positive.
+    """
+    _check_beta(beta)
+    _check_pairs(chosen, rejected, chosen_lengths, rejected_lengths)
+    chosen_mean, rejected_mean = chosen / chosen_lengths, rejected / rejected_lengths
+    return -chosen_mean - beta * logsigmoid(_log_odds(chosen_mean) - _log_odds(rejected_mean))
+
+
+def kto(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    is_desirable: Tensor,
+    z0: Tensor,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Return the KTO loss (arXiv:2402.01306, eq. 8) of completions that are desirable or not, without pairs.
+
+        loss = w_d (1 - sigmoid(beta (r - z0)))  if desirable, else  w_u (1 - sigmoid(beta (z0 - r)))
+
+    with r = logprobs - ref_logprobs and z0 = `kto_reference_point`, through which no gradient flows.
+
+    Args:
+        logprobs: [B] floating, the policy's logprobs summed over each completion's tokens.
+        ref_logprobs: [B], likewise the reference's.
+        is_desirable: [B] bool.
+        z0: scalar or [B], nats.
+        beta: strength of the KL constraint, > 0.
+        desirable_weight, undesirable_weight: > 0; the paper asks for 1 to 4/3 as the ratio of (weight times number) of
+            desirable to undesirable completions.
+
+    Returns:
+        [B], between 0 and the weight.
+
+    Raises:
+        ValueError: for a beta or a weight that is not positive.
+    """
+    _check_beta(beta)
+    if not (desirable_weight > 0.0 and undesirable_weight > 0.0):
+        raise ValueError(f"weights must be greater than 0, got {desirable_weight} and {undesirable_weight}")
+    _check_pairs(logprobs, ref_logprobs, is_desirable)
+    gain = beta * (logprobs - ref_logprobs.detach() - z0.detach())
+    losses = 1.0 - torch.where(is_desirable, gain, -gain).sigmoid()
+    return torch.where(is_desirable, desirable_weight * losses, undesirable_weight * losses)
+
+
+def kto_reference_point(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return KTO's z0 (arXiv:2402.01306, section 4.1): a cheap, biased stand-in for KL(policy || reference).
+
+        z0 = max(0, mean_i (logprobs_i - ref_logprobs_i)),   of completions y_j of other prompts, paired with x_i
+
+    Args:
+        logprobs, ref_logprobs: [B] floating, summed over the tokens of each mismatched completion.
+
+    Returns:
+        A scalar in nats a completion, at least 0.
+    """
+    _check_pairs(logprobs, ref_logprobs)
+    return (logprobs - ref_logprobs).mean().clamp(min=0.0)
+
+
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None) -> Tensor:
     """Return the negative log-likelihood of the preference under Bradley and Terry's model (1952), for reward models.
 
@@ -81,6 +187,36 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float | Non
     _check_pairs(chosen, rejected)
     difference = chosen - rejected
     return -logsigmoid(difference if margin is None else difference - margin)
+
+
+def best_and_worst(rewards: Tensor, *, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each group's best and worst completion, to be a pair (on-policy DPO, arXiv:2402.04792, for groups of 2).
+
+    Of equals the first is taken. A group without spread, or with fewer than two counted rewards, has no pair.
+
+    Args:
+        rewards: [B], row = prompt * group_size + member; nan is not counted.
+        group_size: completions of each prompt, at least 2.
+
+    Returns:
+        (best [P] int64, worst [P] int64, is_pair [P] bool): rows, and whether they differ in reward.
+
+    Raises:
+        ValueError: for a group of 1.
+    """
+    if group_size < 2:
+        raise ValueError(f"a pair needs a group_size of at least 2, got {group_size}")
+    groups = rewards.reshape(-1, group_size)
+    high, best = torch.where(groups.isnan(), -torch.inf, groups).max(dim=-1)
+    low, worst = torch.where(groups.isnan(), torch.inf, groups).min(dim=-1)
+    first = torch.arange(len(groups), device=rewards.device) * group_size
+    return first + best, first + worst, high > low
+
+
+def _log_odds(mean: Tensor) -> Tensor:
+    """Return log(p / (1 - p)) of p = e^mean, with p kept a rounding error below 1, where the odds would be infinite."""
+    mean = mean.clamp(max=-torch.finfo(mean.dtype).eps)
+    return mean - torch.log(-torch.expm1(mean))
 
 
 def _margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ LARGEST_VOCABULARY = 8192  # 256 MiB of float32 for the table, and as much again
 class Corpus(Protocol):
     """Data whose whole training texts can be read (`PromptData`, whose prompts may be openings only; `TextData`)."""
 
-    source: Source
+    @property
+    def source(self) -> Source: ...
 
 
 class Bigram(CausalLM):

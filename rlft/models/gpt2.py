@@ -3,7 +3,8 @@
 Learned positions, pre-norm blocks, tanh GELU, and a head tied to the token embedding. Modules keep the published names
 (`wte`, `wpe`, `c_attn`, `c_proj`, `ln_f`). It differs from the published code in two ways: projections are `nn.Linear`,
 so Conv1D weights are transposed on their way in and out, and dropout is off by default (an RL update with dropout
-scores another policy than the one that sampled).
+scores another policy than the one that sampled). It can also attend both ways, for masked diffusion: then one more
+embedding, [MASK], is read and never predicted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from rlft.counted import generator
 from rlft.errors import CheckpointError, ConfigError
 from rlft.models.base import Cache, CacheShape, CausalLM
-from rlft.models.files import read_weights
+from rlft.models.files import CONFIG_KEY, read_weights
 
 # Published Conv1D weights are [in, out]; nn.Linear holds [out, in].
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -30,7 +31,10 @@ _MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The sizes of a GPT-2; the defaults are the 124 M model's."""
+    """The sizes of a GPT-2; the defaults are the 124 M model's.
+
+    `is_causal=False` lets every token attend to all others, and adds the embedding of [MASK] as id `vocab_size`.
+    """
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -39,6 +43,7 @@ class GPT2Config:
     n_head: int = 12
     dropout: float = 0.0
     layer_norm_epsilon: float = 1e-5
+    is_causal: bool = True
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
@@ -59,6 +64,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.is_causal = config.is_causal
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         B, T, C = x.shape
@@ -66,7 +72,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        is_causal = mask is None and T > 1
+        is_causal = self.is_causal and mask is None and T > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -98,18 +104,24 @@ class Block(nn.Module):
 
 
 class GPT2(CausalLM):
-    """GPT-2 with fresh weights: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0."""
+    """GPT-2 with fresh weights: N(0, s), residual projections N(0, s / sqrt(2 n_layer)), biases 0.
 
-    def __init__(self, config: GPT2Config, *, seed: int = 0) -> None:
+    s, the `initializer_range`, is the published 0.02. It suits a width of 768. In a narrow model attention then starts
+    with next to no effect, which a causal one bears better than a bidirectional one: that knows its surroundings by
+    attention alone, and stays at the frequencies of tokens for long. 1 / (2 sqrt(n_embd)) and more mends it.
+    """
+
+    def __init__(self, config: GPT2Config, *, seed: int = 0, initializer_range: float = 0.02) -> None:
         super().__init__()
         self.config = config
         self.vocab_size, self.context_length = config.vocab_size, config.n_positions
         self.cache_shape = CacheShape(config.n_layer, config.n_head, config.n_embd // config.n_head)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.mask_id = None if config.is_causal else config.vocab_size
+        self.wte = nn.Embedding(config.vocab_size + int(not config.is_causal), config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self._initialise(seed)
+        self._initialise(seed, initializer_range)
 
     @classmethod
     def from_config(
@@ -121,11 +133,13 @@ class GPT2(CausalLM):
         n_layer: int,
         n_head: int,
         dropout: float = 0.0,
+        is_causal: bool = True,
         seed: int = 0,
+        initializer_range: float = 0.02,
     ) -> GPT2:
         """Build a GPT-2 with fresh weights from plain sizes (the fields of `GPT2Config`)."""
-        config = GPT2Config(vocab_size, n_positions, n_embd, n_layer, n_head, dropout)
-        return cls(config, seed=seed)  # fmt: skip
+        config = GPT2Config(vocab_size, n_positions, n_embd, n_layer, n_head, dropout, is_causal=is_causal)
+        return cls(config, seed=seed, initializer_range=initializer_range)
 
     @classmethod
     def from_pretrained(cls, path: str, *, dropout: float = 0.0) -> GPT2:
@@ -145,10 +159,15 @@ class GPT2(CausalLM):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.wte.weight
+        return self.wte.weight if self.mask_id is None else self.wte.weight[: self.vocab_size]
 
     def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         T = input_ids.shape[1]
+        if cache is not None and self.mask_id is not None:
+            raise ConfigError(
+                "a bidirectional model has no next-token rollout: sample it with rlft.rollout.unmask, or set "
+                "model.is_causal=true"
+            )
         if positions is None:
             if self.context_length < T:
                 raise ValueError(f"{T} tokens do not fit the model's {self.context_length} positions")
@@ -160,11 +179,19 @@ class GPT2(CausalLM):
         return self.ln_f(x)
 
     def config_dict(self) -> dict:
-        return asdict(self.config)
+        sizes = asdict(self.config)
+        if self.config.is_causal:
+            del sizes["is_causal"]  # checkpoints from before it was a setting are causal, and compare equal
+        return sizes
 
     def save_hf(self, directory: str | Path, *, eos_id: int | None = None) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        if self.mask_id is not None:
+            # transformers has no bidirectional GPT-2: as a causal one it would compute something else without a word.
+            metadata = {CONFIG_KEY: json.dumps(self.config_dict())}
+            save_file(self.state_dict(), directory / "policy.safetensors", metadata=metadata)
+            return
         weights = {}
         for name, tensor in self.state_dict().items():
             tensor = tensor.detach().cpu()
@@ -181,13 +208,15 @@ class GPT2(CausalLM):
         }  # fmt: skip
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    def _initialise(self, seed: int) -> None:
+    def _initialise(self, seed: int, initializer_range: float) -> None:
+        if not initializer_range > 0:
+            raise ConfigError(f"model.initializer_range must be above 0, got {initializer_range}")
         # One NumPy stream for each parameter, so that weights depend on (seed, name, shape) and on nothing global.
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
+        residual_std = initializer_range / math.sqrt(2 * self.config.n_layer)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.dim() >= 2:
-                    std = residual_std if name.endswith("c_proj.weight") else 0.02
+                    std = residual_std if name.endswith("c_proj.weight") else initializer_range
                     noise = generator(seed, f"init/{name}").standard_normal(parameter.shape)
                     parameter.copy_(torch.from_numpy(noise) * std)
                 elif name.endswith("bias"):

@@ -1,4 +1,4 @@
-"""Scalar heads that are trained beside a policy: value functions on the policy's trunk or on one of their own."""
+"""Heads that are trained beside a policy: value functions, on its trunk or one of their own, and scores of texts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rlft.models.scorer import Rows, predictors
 
 
 class Head(nn.Module, ABC):
-    """One number for each counted completion token, from the state that predicts it."""
+    """One number (or K) for each counted completion token, from the state that predicts it."""
 
     lr_scale: float  # its learning rate, as a multiple of the policy's
 
     @abstractmethod
     def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
-        """Return `[N]` for the N counted tokens, whose predicting states of the policy are `hidden` `[N, C]`."""
+        """Return `[N]` (or `[N, K]`) for the N counted tokens, which the policy predicts from `hidden` `[N, C]`."""
 
 
 class ValueHead(Head):
@@ -46,9 +46,23 @@ class Critic(Head):
         return self.linear(predictors(self.trunk, rows)[rows.completion_mask])[:, 0]
 
 
-def _zero_linear(policy: CausalLM) -> nn.Linear:
+class ScoreHead(Head):
+    """A linear map of the policy's own hidden state to `num_outputs` numbers: a reward, or the logits of classes.
+
+    It starts at zero: every reward is 0, and every class is as likely as any other.
+    """
+
+    def __init__(self, policy: CausalLM, *, num_outputs: int = 1, lr_scale: float = 1.0) -> None:
+        super().__init__()
+        self.linear, self.lr_scale = _zero_linear(policy, num_outputs), lr_scale
+
+    def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
+        return self.linear(hidden)
+
+
+def _zero_linear(policy: CausalLM, num_outputs: int = 1) -> nn.Linear:
     weight = policy.head_weight
-    linear = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=weight.dtype)
+    linear = nn.Linear(weight.shape[1], num_outputs, device=weight.device, dtype=weight.dtype)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

@@ -38,7 +38,7 @@ class Scores:
     logprobs: Tensor  # [B, T] log pi(token | what is before it), at the given temperature
     entropy: Tensor  # [B, T] nats, of the whole next-token distribution
     hidden: Tensor  # [N, C] the hidden states that predict the N counted tokens, row by row
-    values: Tensor | None = None  # [B, T] of the head, where there is one
+    values: Tensor | None = None  # [B, T] of the head, where there is one; [B, T, K] of one with K outputs
 
 
 class Scorer(nn.Module):
@@ -107,5 +107,6 @@ def denoisers(policy: CausalLM, rows: Rows, noised_ids: Tensor) -> Tensor:
 
 
 def scatter(x: Tensor, mask: Tensor) -> Tensor:
-    """Put the N entries of `x` `[N]` where `mask` `[B, T]` is true, 0 elsewhere."""
-    return x.new_zeros(mask.shape).masked_scatter(mask, x)
+    """Put the N entries of `x` `[N]` (or `[N, K]`) where `mask` `[B, T]` is true, 0 elsewhere."""
+    wide = mask.view(*mask.shape, *(1,) * (x.dim() - 1))
+    return x.new_zeros(*mask.shape, *x.shape[1:]).masked_scatter(wide, x)

@@ -10,8 +10,10 @@ MODES = ("exact", "fraction", "characters")
 
 
 class Answer:
-    """`exact`: 1 where the completion, white space around it aside, is the `answer` column, else 0. `fraction`: the share
-    of places, of the longer of the two, at which both have the same character. `characters`: a token-level reward for
+    """How right a completion is.
+
+    `exact`: 1 where the completion, white space aside, is the `answer` column, else 0. `fraction`: the share of
+    places, of the longer of the two, at which both have the same character. `characters`: a token-level reward for
     tokenizers of characters, 1 / len(answer) at each token that is the answer's character at its place.
     """
 

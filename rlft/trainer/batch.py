@@ -17,13 +17,16 @@ class Batch:
     """The rows to score and what their loss needs; everything that is indexed by row has B as its first dimension.
 
     `values` may hold `advantages` [B, T], `old_logprobs` [B, T], `ref_logprobs` [B, T], … A row's prompt index never
-    decreases along the batch, so that a slice of rows needs a slice of prompts.
+    decreases along the batch, so that a slice of rows needs a slice of prompts. `rows_per_unit` consecutive rows belong
+    together (2 for pairs): no cut divides them.
     """
 
     rows: Rows
     values: dict[str, Tensor] = field(default_factory=dict)
     means: Means = field(default_factory=Means)
     samples: list[dict] = field(default_factory=list)
+    rows_per_unit: int = 1
+    num_read: int | None = None  # tokens read, where a loss counts places of its own and not completion tokens
 
     @property
     def num_rows(self) -> int:
@@ -31,8 +34,8 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Completion tokens that count."""
-        return int(self.rows.completion_mask.sum())
+        """Completion tokens that count, or those that were read."""
+        return int(self.rows.completion_mask.sum()) if self.num_read is None else self.num_read
 
     def slice(self, start: int, stop: int) -> Batch:
         """Return rows `start .. stop - 1` with their prompts, padding cut to the longest prompt and completion here."""
@@ -51,7 +54,7 @@ class Batch:
             completion_mask=mask[:, :width],
         )
         values = {k: v[start:stop, :width] if v.dim() > 1 else v[start:stop] for k, v in self.values.items()}
-        return Batch(cut, values)
+        return Batch(cut, values, rows_per_unit=self.rows_per_unit)
 
     def select(self, index: Tensor) -> Batch:
         """Return the rows of `index` (int64, ascending) with all prompts."""
@@ -64,14 +67,16 @@ class Batch:
     def micro_batches(self, *, max_rows: int | None = None, max_tokens: int | None = None) -> Iterator[Batch]:
         """Cut into consecutive micro-batches of at most `max_rows` rows and `max_tokens` padded tokens each.
 
-        Padded tokens are rows times (longest prompt + longest completion). A row longer than `max_tokens` forms a
-        micro-batch of its own.
+        Padded tokens are rows times (longest prompt + longest completion, up to its last counted token). A unit of
+        `rows_per_unit` rows that is larger forms a micro-batch of its own.
         """
+        mask, unit = self.rows.completion_mask, self.rows_per_unit
         prompt_lengths = self.rows.prompt_lengths[self.rows.prompt_of_row].tolist()
-        completion_lengths = self.rows.completion_mask.sum(dim=1).clamp(min=1).tolist()
-        start, prompt, completion = 0, 0, 0  # the longest since `start`
-        for row, (p, c) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
-            prompt, completion, count = max(prompt, p), max(completion, c), row - start + 1
+        completion_lengths = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1).tolist()
+        start, prompt, completion = 0, 0, 1  # the longest since `start`
+        for row in range(0, self.num_rows, unit):
+            p, c = max(prompt_lengths[row : row + unit]), max(1, *completion_lengths[row : row + unit])
+            prompt, completion, count = max(prompt, p), max(completion, c), row + unit - start
             is_full = (max_rows is not None and count > max_rows) or (
                 max_tokens is not None and count * (prompt + completion) > max_tokens
             )

@@ -65,7 +65,8 @@ def test_evaluation_measures_what_a_naive_loop_measures():
         logp, _ = frozen_distributions(algorithm.policy, batch, row, 0.8)
         logq, _ = frozen_distributions(algorithm.reference, batch, row, 0.8)
         kls.append([float((logp[t].exp() * (logp[t] - logq[t])).sum()) for t in range(len(tokens))])
-        nll += [-float(logq[t, a]) for t, a in enumerate(tokens)]
+        plain, _ = frozen_distributions(algorithm.reference, batch, row, 1.0)  # perplexity is at temperature 1
+        nll += [-float(plain[t, a]) for t, a in enumerate(tokens)]
     expected = {
         "eval/reward": sum(rewards) / 6,
         "eval/reward_std": math.sqrt(sum((r - sum(rewards) / 6) ** 2 for r in rewards) / 6),

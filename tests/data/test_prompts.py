@@ -30,8 +30,16 @@ def test_an_opening_is_a_prefix_of_its_texts_ids(invented, make_source, bpe, num
     data = PromptData(source, tokenizer=bpe, prompt_tokens=num_tokens)
     whole = {row.where: bpe.encode(row.text) for split in SPLITS for row in source.rows(split)}
     prompts = [prompt for split in SPLITS for prompt in data.prompts(split)]
-    assert {prompt.where for prompt in prompts} == {where for where, ids in whole.items() if len(ids) > num_tokens}
-    assert len(prompts) > 140
+    held_out = {tuple(prompt.ids) for split in ("validation", "test") for prompt in data.prompts(split)}
+    leaked = {
+        row.where
+        for row in source.rows("train")
+        if len(ids := whole[row.where]) > num_tokens and tuple(ids[:num_tokens]) in held_out
+    }
+    enough = {where for where, ids in whole.items() if len(ids) > num_tokens}
+    assert {prompt.where for prompt in prompts} == enough - leaked
+    assert data.counts["leaked_openings"] == len(leaked)
+    assert len(enough) > 140
     for prompt in prompts:
         assert prompt.ids == whole[prompt.where][:num_tokens]
         assert prompt.text == bpe.decode(prompt.ids)

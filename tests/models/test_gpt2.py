@@ -129,7 +129,7 @@ def test_fresh_weights_depend_on_the_seed_and_on_nothing_else() -> None:
 def test_published_parameter_counts(
     n_embd: int, n_layer: int, n_head: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(GPT2, "_initialise", lambda self, seed: None)  # shapes only: no numbers are drawn
+    monkeypatch.setattr(GPT2, "_initialise", lambda self, *_: None)  # shapes only: no numbers are drawn
     with torch.device("meta"):
         policy = GPT2(GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head))
     assert policy.num_parameters() == expected

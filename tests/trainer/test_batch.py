@@ -105,6 +105,33 @@ def test_max_tokens_fills_micro_batches_as_far_as_they_go(batch):
     assert [m.num_rows for m in batch.micro_batches(max_tokens=16)] == [2, 3, 1]
 
 
+@pytest.mark.parametrize(("max_rows", "sizes"), [(None, [6]), (1, [2, 2, 2]), (2, [2, 2, 2]), (5, [4, 2]), (6, [6])])
+def test_rows_of_a_unit_are_never_divided(batch, max_rows, sizes):
+    in_pairs = Batch(batch.rows, batch.values, rows_per_unit=2)
+    micros = list(in_pairs.micro_batches(max_rows=max_rows))
+    assert [micro.num_rows for micro in micros] == sizes
+    assert [row for micro in micros for row in unpadded(micro)] == expected_rows()
+    assert {micro.rows_per_unit for micro in micros} == {2}
+
+
+def test_max_tokens_counts_the_widest_of_a_unit(batch):
+    # rows (prompt + completion): 5, 8, 2, 4, 5, 4; pairs of width 8, 1 + 3 and 2 + 4
+    in_pairs = Batch(batch.rows, rows_per_unit=2)
+    assert [m.num_rows for m in in_pairs.micro_batches(max_tokens=15)] == [2, 2, 2]
+    assert [m.num_rows for m in in_pairs.micro_batches(max_tokens=23)] == [2, 2, 2]
+    assert [m.num_rows for m in in_pairs.micro_batches(max_tokens=24)] == [2, 4]
+    assert [m.num_rows for m in in_pairs.micro_batches(max_tokens=31)] == [2, 4]
+    assert [m.num_rows for m in in_pairs.micro_batches(max_tokens=32)] == [4, 2]
+
+
+def test_max_tokens_counts_a_row_up_to_its_last_counted_token(batch):
+    last = batch.rows.completion_mask.clone()
+    last[:, :-1] &= ~last[:, 1:]  # only the last token of each row counts
+    assert last.sum(1).tolist() == [1] * 6
+    sparse = Batch(Rows(**(vars(batch.rows) | {"completion_mask": last})))
+    assert [m.num_rows for m in sparse.micro_batches(max_tokens=16)] == [2, 3, 1]
+
+
 def test_pad_puts_tokens_left_and_zeros_right():
     ids, mask = pad([[7, 8, 9], [], [5]], device=CPU)
     assert ids.tolist() == [[7, 8, 9], [0, 0, 0], [5, 0, 0]]

@@ -12,7 +12,18 @@ import torch
 from rlft.errors import CheckpointError
 from rlft.models.reference import initial
 from rlft.trainer.trainer import Trainer
-from tests.builders import FixedText, policy_gradient, rows_of, sft, tiny, trainer
+from tests.algos.offline import build_offline, pairs
+from tests.builders import (
+    FixedPrompts,
+    FixedText,
+    policy_gradient,
+    reward_sum,
+    rows_of,
+    sft,
+    share_of_a,
+    tiny,
+    trainer,
+)
 
 STEPS = 6
 
@@ -48,7 +59,20 @@ def text(policy) -> Any:
     return sft(policy, FixedText(blocks, blocks[:4]))
 
 
-ALGORITHMS = [grpo_two_updates, rloo, ppo, baseline, dapo, text]
+def online_dpo(policy) -> Any:
+    data, rewards = FixedPrompts(("abc", "d", "efghi", "jk")), reward_sum(share_of_a)
+    return build_offline("online_dpo", policy=policy, reference=initial(policy), data=data, rewards=rewards)
+
+
+def dpo(policy) -> Any:
+    return build_offline("dpo", "algo.pairs_per_step=3", policy=policy, reference=initial(policy), data=pairs())
+
+
+def reward_model(policy) -> Any:
+    return build_offline("reward_model", "algo.pairs_per_step=3", policy=policy, data=pairs())
+
+
+ALGORITHMS = [grpo_two_updates, rloo, ppo, baseline, dapo, text, online_dpo, dpo, reward_model]
 
 
 def start(make, run_dir: Path, **changes: Any) -> Trainer:
@@ -65,7 +89,8 @@ def everything(run_dir: Path, made: Trainer) -> dict[str, Any]:
     tensors = dict(made.policy.state_dict()) | {f"head.{k}": t for k, t in (head.state_dict() if head else {}).items()}
     tensors |= {f"{i}.{k}": t for i, e in moments.items() for k, t in e.items()}
     state = {name: value for name, value in vars(made.state).items() if name != "seconds"}
-    rows = {name: rows_of(run_dir / name) for name in ("metrics.jsonl", "samples.jsonl")}
+    files = [run_dir / name for name in ("metrics.jsonl", "samples.jsonl")]  # a reward model has no samples
+    rows = {file.name: rows_of(file) if file.exists() else [] for file in files}
     return {"tensors": {k: t.clone() for k, t in tensors.items()}, "state": state, **rows}
 
 

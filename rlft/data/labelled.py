@@ -1,0 +1,130 @@
+"""Labels: texts with a class, for classification, and completions with a judgement, for KTO (TRL's `label`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from rlft.data.completions import CompletionData, Example, ExampleData, Unusable, truth
+from rlft.data.encode import Encoder, encode_texts
+from rlft.data.prompts import Prompt
+from rlft.data.source import Row, Source
+from rlft.errors import ConfigError, DataError, nearest
+
+
+class LabelledData(ExampleData):
+    """Texts with a class. An example's prompt is the text with the end-of-text token, its label the index of the class.
+
+    The classes are the labels of the training split: whole numbers by size, then other names by the alphabet.
+
+    Arguments beside `ExampleData`'s:
+        label_column: the column that holds the label, a string, a whole number or a bool.
+        truncate: whether a text longer than max_tokens is cut to its first tokens, and counted, instead of refused.
+    """
+
+    reasons = ("too_long", "no_text", "no_label")
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        tokenizer: Encoder,
+        label_column: str = "label",
+        truncate: bool = False,
+        max_tokens: int | None = None,
+        on_unusable: str = "error",
+    ) -> None:
+        super().__init__(source, tokenizer=tokenizer, max_tokens=max_tokens, on_unusable=on_unusable)
+        if truncate and max_tokens is None:
+            raise ConfigError(
+                "data.truncate=true cuts texts to data.max_tokens: set it, at most to the model's context"
+            )
+        self.label_column, self.truncate = label_column, truncate
+        self.end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The classes' names, by their index."""
+        rows = self.source.rows("train")
+        if rows and self.label_column not in rows[0].columns:
+            names = list(rows[0].columns)
+            raise DataError(
+                f"{rows[0].where}: there is no column {self.label_column!r}{nearest(self.label_column, names)}; beside "
+                f"the text there are {', '.join(names) or 'none'}: set data.label_column"
+            )
+        found = {name for row in rows if (name := self._name(row)) is not None}
+        if len(found) < 2:
+            raise DataError(f"a classifier needs two classes; {self.label_column!r} is {', '.join(found) or 'empty'}")
+        return sorted(found, key=lambda name: (0, int(name), "") if _is_whole(name) else (1, 0, name))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """As for `ExampleData`, with the number of texts that were cut."""
+        held = [example for split in ("train", "validation") for example in self.examples(split)]
+        return super().counts | {"truncated": sum(example.is_cut for example in held)}
+
+    def read(self, split: str) -> Iterator[Example | Unusable]:
+        rows = self.source.rows(split)
+        encoded = encode_texts([row.text for row in rows], [row.where for row in rows], tokenizer=self.tokenizer)
+        index = {name: i for i, name in enumerate(self.classes)}
+        for row, ids in zip(rows, encoded, strict=True):
+            label = index.get(self._name(row) or "")
+            if label is None:
+                given, allowed = row.columns.get(self.label_column), ", ".join(index)
+                yield Unusable("no_label", f"{row.where}: {self.label_column!r} is one of {allowed}, got {given!r}")
+            elif not ids:
+                yield Unusable("no_text", f"{row.where}: the text is empty")
+            else:
+                example = Example(Prompt(row.text, ids + self.end, row.columns, row.where), label=label)
+                yield self._cut(example) if self.truncate else example
+
+    def _cut(self, example: Example) -> Example:
+        assert self.max_tokens is not None
+        ids = example.prompt.ids
+        if len(ids) <= self.max_tokens:
+            return example
+        kept = ids[: self.max_tokens - len(self.end)] + self.end
+        return replace(example, prompt=replace(example.prompt, ids=kept), is_cut=True)
+
+    def _name(self, row: Row) -> str | None:
+        value: Any = row.columns.get(self.label_column)
+        return (str(value) or None) if isinstance(value, (str, int)) else None
+
+
+class UnpairedData(CompletionData):
+    """Prompts with a completion that is desirable (label true or 1) or not (false or 0), for KTO.
+
+    Arguments: as for `CompletionData`, and label_column, the column that holds the label.
+    """
+
+    reasons = ("too_long", "no_text", "no_label")
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        tokenizer: Encoder,
+        completion_column: str = "completion",
+        label_column: str = "label",
+        max_tokens: int | None = None,
+        on_unusable: str = "error",
+    ) -> None:
+        super().__init__(
+            source, tokenizer=tokenizer, completion_column=completion_column, max_tokens=max_tokens,
+            on_unusable=on_unusable,
+        )  # fmt: skip
+        self.label_column = label_column
+
+    def example(self, example: Example) -> Example | Unusable:
+        value = example.prompt.columns.get(self.label_column)
+        is_desirable = truth(value)
+        if is_desirable is None:
+            what = f"{self.label_column!r} is true (desirable) or false, got {value!r}"
+            return Unusable("no_label", f"{example.prompt.where}: {what}")
+        return replace(example, label=int(is_desirable))
+
+
+def _is_whole(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()

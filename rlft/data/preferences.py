@@ -1,0 +1,66 @@
+"""Preferences: a prompt with a chosen and a rejected completion, TRL's columns `prompt`, `chosen` and `rejected`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rlft.data.completions import CompletionData, Example, Unusable
+from rlft.data.encode import Encoder
+from rlft.data.source import Source
+from rlft.errors import DataError
+
+MARGIN = "margin"  # TRL's name of the column that says by how much the chosen completion is better
+
+
+class PreferenceData(CompletionData):
+    """Pairs; the completions of an example are (chosen, rejected).
+
+    Without a prompt column the prompt is what both texts share (`rlft/data/table.py`). Texts and conversations become
+    ids as in `CompletionData`. A pair of equal completions says nothing and is refused or skipped like other rows that
+    cannot be used. The split is by a hash of the prompt, so no prompt is in two splits.
+
+    Arguments: as for `CompletionData`, with the columns of both completions.
+    """
+
+    reasons = ("too_long", "no_text", "equal")
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        tokenizer: Encoder,
+        chosen_column: str = "chosen",
+        rejected_column: str = "rejected",
+        max_tokens: int | None = None,
+        on_unusable: str = "error",
+    ) -> None:
+        super().__init__(source, tokenizer=tokenizer, max_tokens=max_tokens, on_unusable=on_unusable)
+        self.columns = (chosen_column, rejected_column)
+
+    def example(self, example: Example) -> Example | Unusable:
+        chosen, rejected = example.completions
+        if chosen == rejected:
+            return Unusable("equal", f"{example.prompt.where}: the chosen and the rejected completion are equal")
+        return example
+
+
+def margins(examples: list[Example]) -> list[float] | None:
+    """Return the pairs' margins where the data has a column `margin`, else None.
+
+    Raises `DataError` for a margin that is not a finite number, one that is missing among them.
+    """
+    values = [example.prompt.columns.get(MARGIN) for example in examples]
+    if all(value is None for value in values):
+        return None
+    return [_number(value, example) for value, example in zip(values, examples, strict=True)]
+
+
+def _number(value: Any, example: Example) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{example.prompt.where}: {MARGIN!r} is a number in every row or in none, got {value!r}")
+    return number

@@ -1,0 +1,66 @@
+"""The real `collect` and `loss` on completions that are given instead of drawn."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rlft.algos.base import Totals
+from rlft.algos.policy_gradient import PolicyGradient
+from rlft.algos.rollouts import Rollouts, Sampled
+from rlft.algos.scoring import score
+from rlft.data.prompts import Prompt
+from rlft.models.scorer import Rows, Scorer
+from rlft.rewards.compose import RewardOutput
+from rlft.rollout.engine import Rollout
+from rlft.trainer.batch import Batch, pad
+from rlft.trainer.metrics import Means
+from rlft.verify.formulas import Array, Sample
+from rlft.verify.tasks import Completion, Task
+
+Group = tuple[Completion, ...]
+CPU = torch.device("cpu")
+
+
+class Listed(Rollouts):
+    """Hands out the rollouts that it is given in place of drawing them; they are scored as drawn ones are."""
+
+    def __init__(self, drawn: Rollouts) -> None:
+        """`drawn` is what it stands in for."""
+        vars(self).update(vars(drawn))
+        self.queue: deque[tuple[list[Prompt], Rollout]] = deque()  # draw by draw
+
+    def _draw(self, index: int) -> Sampled:
+        prompts, rollout = self.queue.popleft()
+        sampled = Sampled(prompts, rollout, RewardOutput(torch.empty(0), {}), self.group_size)
+        return replace(sampled, scored=score(self.rewards, self.tokenizer, sampled.prompt_of_row, rollout))
+
+
+def rollout_of(task: Task, groups: tuple[Group, ...], logp: Array) -> Rollout:
+    """Return a group of completions for each prompt as a rollout; `logp` [contexts, V] is the sampler's."""
+    pairs = [(p, ids) for p, group in enumerate(groups) for ids in group]
+    prompt_ids, prompt_mask = pad([list(ids) for ids in task.prompts], device=CPU)
+    completion_ids, mask = pad([list(ids) for _, ids in pairs], device=CPU)
+    rows = Rows(prompt_ids, prompt_mask.sum(1), torch.tensor([p for p, _ in pairs]), completion_ids, mask)
+    logprobs = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, (p, ids) in enumerate(pairs):
+        contexts = [task.places[task.prompts[p] + ids[:t]] for t in range(len(ids))]
+        logprobs[row, : len(ids)] = torch.from_numpy(logp[contexts, list(ids)])
+    return Rollout(rows, logprobs, ["stop"] * len(pairs))
+
+
+def sample_of(task: Task, prompt: int, ids: Completion, *, greedy_reward: float = 0.0) -> Sample:
+    """Return a completion as the formulas read it."""
+    contexts = tuple(task.places[task.prompts[prompt] + ids[:t]] for t in range(len(ids)))
+    at_end = [0.0] * (len(ids) - 1) + [task.reward(prompt, ids)]
+    rewards = task.token_rewards(prompt, ids) if task.token_rewards else at_end
+    return Sample(contexts, ids, tuple(rewards), greedy_reward)
+
+
+def loss_of(algorithm: PolicyGradient, batch: Batch, *, update: int, means: Means | None = None) -> Tensor:
+    """Return the loss of a whole batch at one of its updates."""
+    totals = Totals(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
+    return algorithm.loss(Scorer(algorithm.policy, algorithm.head), batch, totals, means or Means(), update=update)

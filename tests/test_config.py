@@ -1,0 +1,299 @@
+"""conf/ and rlft/config.py: every file composes and passes; what is unknown, mistyped or missing is refused by name."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from rlft.config import RootConfig, RootSettings, checked
+from rlft.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    path.relative_to(ROOT / "conf").with_suffix("").as_posix() for path in (ROOT / "conf").glob("*/**/*.yaml")
+)
+EXPERIMENTS = [name for name in FILES if name.startswith("experiment/")]
+CHOICES = [name for name in FILES if name not in EXPERIMENTS]
+# What files leave open, as ???, for the person who chooses them.
+VALUES = {
+    "data.source.path": "a.jsonl",
+    "reference.path": "gpt2",
+    "reward.custom.function": "package.module:name",
+    "reward.keyword.keywords": "[great]",
+    "reward.reward_model.path": "gpt2",
+}
+# What conf/algo/policy_gradient.yaml, the part that the online algorithms share, leaves to them.
+PARTS = {
+    "algo.advantage": "+algo/advantage=returns",
+    "algo.surrogate": "+algo/surrogate=clipped",
+    "algo.aggregation": "+algo/aggregation=token_mean",
+    "algo.kl": "+algo/kl=none",
+}
+# Files that do not go with the defaults, and what they go with.
+NEEDS = {"algo/policy_gradient": list(PARTS.values()), "model/char_scratch": ["data=shakespeare_contexts"]}
+
+
+def composed(*overrides: str, config_dir: Path = ROOT / "conf") -> Any:
+    """conf/train.yaml with these overrides; `name`, which Hydra's runtime would fill in, is given."""
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        return compose("train", overrides=["name=test", *overrides])
+
+
+def config(*overrides: str) -> RootConfig:
+    return checked(composed(*overrides))
+
+
+@functools.cache
+def defaults() -> Any:
+    made = composed()
+    OmegaConf.set_struct(made, False)  # an experiment file adds what it likes
+    return made
+
+
+def edited(*values: str) -> RootConfig:
+    """The defaults with these values set or added as an experiment file would; ten times faster than to compose."""
+    return checked(OmegaConf.merge(defaults(), OmegaConf.from_dotlist(list(values))))
+
+
+def text_of(file: str) -> str:
+    return (ROOT / "conf" / f"{file}.yaml").read_text()
+
+
+def choice(file: str) -> str:
+    """The override that chooses a file: algo/kl/k2 -> algo/kl=k2."""
+    group, name = file.rsplit("/", 1)
+    return f"+experiment={name}" if group == "experiment" else f"{group}={name}"
+
+
+def left_open(file: str) -> dict[str, str]:
+    """The overrides that fill in what a file leaves open, by key."""
+    missing = OmegaConf.missing_keys(composed(choice(file))) if ": ???" in text_of(file) else ()
+    return {key: f"{key}={VALUES[key]}" for key in sorted(missing)}
+
+
+def train_py(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=60, check=False)
+
+
+@pytest.fixture
+def from_experiment(tmp_path):
+    """Compose with an experiment file of one's own, in which Hydra adds whatever it finds."""
+
+    def make(text: str) -> Any:
+        (tmp_path / "experiment").mkdir(exist_ok=True)
+        (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+        return composed(f"hydra.searchpath=[file://{tmp_path}]", "+experiment=mine")
+
+    return make
+
+
+@pytest.mark.parametrize("file", CHOICES)
+def test_every_file_of_every_group_composes_with_the_defaults_and_passes(file):
+    made = config(choice(file), *left_open(file).values(), *NEEDS.get(file, []))
+    package = re.match(r"# @package (.+)", text_of(file))
+    place = package[1] if package else file.rsplit("/", 1)[0].replace("/", ".")
+    target = re.search(r"^_target_: (.+)", text_of(file), re.MULTILINE)
+    if target:  # this file was chosen, not a default
+        assert OmegaConf.select(OmegaConf.create(vars(made)), place)["_target_"] == target[1]
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS)
+def test_every_experiment_composes_and_passes(file):
+    assert config(choice(file)).steps > 0
+
+
+@pytest.mark.parametrize("file", [file for file in CHOICES if ": ???" in text_of(file)])
+def test_what_a_file_leaves_open_is_asked_for_by_name(file):
+    values = left_open(file)
+    assert len(values) == text_of(file).count(": ???")
+    for key in values:
+        with pytest.raises(ConfigError, match=f"full_key: {re.escape(key)} "):
+            config(choice(file), *(value for other, value in values.items() if other != key))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_shared_part_of_the_online_algorithms_is_refused_without_each_of_the_others(part):
+    others = [override for name, override in PARTS.items() if name != part]
+    with pytest.raises(ConfigError, match=f"^{re.escape(part)} (is not set|has no _target_)"):
+        config("algo=policy_gradient", *others)
+
+
+def test_the_defaults_are_the_plain_values_of_train_yaml():
+    made = config()
+    written: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "train.yaml"))
+    for key in RootSettings.__dataclass_fields__:
+        expected = {"name": "test", "betas": tuple(written["betas"])}.get(key, written[key])
+        assert getattr(made, key) == expected and type(getattr(made, key)) is type(expected)
+    assert set(written) - set(RootSettings.__dataclass_fields__) == {"defaults", "hydra"}
+
+
+def test_rewards_compose_by_name_each_with_its_own_weight():
+    rewards = config("reward=[sentiment,length]", "reward.length.weight=0.5").reward
+    assert {name: node["weight"] for name, node in rewards.items()} == {"sentiment": 1.0, "length": 0.5}
+    assert rewards["length"]["_target_"] == "rlft.rewards.length.Length"
+    assert config("reward=[]").reward == {}
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stepss=3", "unknown setting 'stepss' (did you mean 'steps'?)"),
+        ("rewards.length.weight=3", "unknown setting 'rewards' (did you mean 'reward'?)"),
+        ("algo.entropy_coeff=1", "unknown setting 'algo.entropy_coeff' (did you mean 'entropy_coef'?)"),
+        ("algo.kl.coeff=1", "unknown setting 'algo.kl.coeff' (did you mean 'coef'?)"),
+        ("algo.advantage.epss=1", "unknown setting 'algo.advantage.epss' (did you mean 'eps'?)"),  # a _partial_
+        ("data.prompt_token=3", "unknown setting 'data.prompt_token' (did you mean 'prompt_tokens'?)"),
+        ("data.source.validaton=0.1", "unknown setting 'data.source.validaton' (did you mean 'validation'?)"),
+        ("model.tokenizer.pathh=x", "unknown setting 'model.tokenizer.pathh' (did you mean 'path'?)"),
+        ("model.tokeniser=x", "unknown setting 'model.tokeniser' (did you mean 'tokenizer'?)"),
+        ("reward.sentiment.wieght=2", "unknown setting 'reward.sentiment.wieght' (did you mean 'weight'?)"),
+        ("tracker.project=x", "unknown setting 'tracker.project'; allowed: none"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_with_the_nearest_name(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        edited(override)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("stepss: 3", "unknown setting 'stepss' (did you mean 'steps'?)"),
+        ("algo: {kl: {coeff: 0.1}}", "unknown setting 'algo.kl.coeff' (did you mean 'coef'?)"),
+        ("data: {source: {validaton: 0.1}}", "unknown setting 'data.source.validaton' (did you mean 'validation'?)"),
+        ("reward: {lenght: {weight: 2.0}}", "reward.lenght has no _target_"),  # this reward was not chosen
+    ],
+)
+def test_a_typo_in_an_experiment_file_which_hydra_would_add_is_refused(from_experiment, text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        checked(from_experiment(text))
+
+
+def test_an_experiment_file_without_a_typo_passes(from_experiment):
+    made = checked(from_experiment("steps: 3\nalgo: {kl: {coef: 0.1}}"))
+    assert made.steps == 3 and made.algo["kl"]["coef"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["steps=many", "steps=1.5", "steps=1.0", "steps=true", "steps=null", "steps=[1]", "seed=1.5", "resume=3",
+     "dry_run=maybe", "learning_rate=fast", "learning_rate=true", "betas=0.9", "betas=[a,b]", "max_minutes=soon"],
+)  # fmt: skip
+def test_a_mistyped_root_value_is_refused_with_its_key(override):
+    with pytest.raises(ConfigError, match=rf"(^|full_key: ){override.split('=')[0]}\b"):
+        edited(override)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("algo.samples_per_step=1.5", "algo.samples_per_step=1.5 is a float; int is allowed"),
+        ("algo.samples_per_step=true", "algo.samples_per_step=True is a bool; int is allowed"),
+        ("algo.kl.coef=big", "algo.kl.coef='big' is a str; float is allowed"),
+        ("algo.surrogate.clip_low=x", "algo.surrogate.clip_low='x' is a str; float is allowed"),
+        ("algo.kl=none", "algo.kl='none' is not a group choice; see the files under conf/algo/ (one in a folder"),
+        ("data.source=a.jsonl", "data.source='a.jsonl' is not a group choice"),
+        ("model.tokenizer=gpt2", "model.tokenizer='gpt2' is not a group choice"),
+        ("hardware.num_threads=1.5", "hardware.num_threads=1.5 is a float; int or null is allowed"),
+        ("reward.sentiment.weight=heavy", "reward.sentiment.weight='heavy' is a str; float is allowed"),
+        ("reward.sentiment.timeout=null", "reward.sentiment.timeout=None is a NoneType; float is allowed"),
+        ("reward.length=3", "reward.length=3 is not a group choice; see the files under conf/reward/"),
+    ],
+)
+def test_a_mistyped_value_in_a_group_is_refused_with_its_key_and_type(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        edited(override)
+
+
+@pytest.mark.parametrize("override", ["algo.kl.coef=1", "hardware.num_threads=2", "reward.sentiment.weight=-1"])
+def test_a_whole_number_passes_for_a_float_and_an_optional_one_may_be_given(override):
+    edited(override)
+
+
+@pytest.mark.parametrize(
+    "override, allowed",
+    [(f"{key}=0", "at least 1") for key in ("steps", "prompts_per_step", "group_size", "max_new_tokens", "eval_prompts",
+     "keep", "log_every", "micro_batch", "micro_batch_tokens", "max_tokens", "patience")]
+    + [(f"{key}=-1", "at least 0") for key in ("seed", "warmup_steps", "eval_every", "save_every", "weight_decay",
+       "final_learning_rate_fraction")]
+    + [(f"{key}=0", "above 0") for key in ("temperature", "learning_rate", "max_grad_norm", "max_minutes")]
+    + [("learning_rate=nan", "above 0"), ("weight_decay=nan", "at least 0")],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_with_what_is_allowed(override, allowed):
+    key, value = override.split("=")
+    with pytest.raises(ConfigError, match=rf"^{key}={re.escape(value)}(\.0)? must be {allowed}$"):
+        edited(override)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("schedule=cosin", "schedule=cosin is not one of constant, linear, cosine (did you mean 'cosine'?)"),
+        ("patience=2", "patience=2 counts evaluations, and eval_every=0 has none"),
+        ("warmup_steps=1000000", "warmup_steps=1000000 must be below steps"),
+        ("betas=[0.9]", "betas=[0.9] must be two numbers in [0, 1)"),
+        ("betas=[0.9,1.0]", "betas=[0.9, 1.0] must be two numbers in [0, 1)"),
+        ("~steps", "Missing mandatory value: steps"),
+        ("~tracker", "tracker has no _target_: choose one of the files under conf/tracker/"),
+        ("~algo.kl._target_", "algo.kl has no _target_: choose one of the files under conf/algo/"),
+        ("~algo.entropy_coef", "algo.entropy_coef is not set, and has no default"),
+        ("~data.source", "data.source is not set, and has no default"),
+        ("data=jsonl", "full_key: data.source.path"),
+    ],
+)
+def test_an_unknown_choice_or_a_pair_that_makes_no_sense_or_a_missing_setting_is_refused(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config(override)
+
+
+@pytest.mark.parametrize("target", ["rlft.nope.X", "rlft.trainer.trackers.Nope", "rlft.paths", "builtins.dict", "3"])
+@pytest.mark.parametrize("node", ["tracker", "algo.kl", "data.source"])
+def test_a_target_that_cannot_be_called_is_refused_in_one_line_with_its_key(node, target):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(f'{node}._target_={target}')} cannot be used: .+$") as error:
+        edited(f"{node}._target_={target}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["algo.seed", "algo.policy", "data.tokenizer", "reference.policy"])
+def test_what_the_run_hands_in_cannot_be_set_and_then_ignored(key):
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)} cannot be set"):
+        edited(f"{key}=3")
+
+
+def test_help_names_the_groups_their_files_and_the_settings():
+    result = train_py("--help")
+    assert result.returncode == 0
+    for file in CHOICES:
+        group, name = file.rsplit("/", 1)
+        assert re.search(rf"^{group}: .*\b{name}\b", result.stdout, re.MULTILINE), file
+    assert re.search(r"^prompts_per_step: \d", result.stdout, re.MULTILINE)
+
+
+def test_cfg_job_prints_the_resolved_configuration_and_runs_nothing():
+    result = train_py("--cfg", "job", "--resolve", "algo=rloo", "group_size=3")
+    assert (result.returncode, result.stderr) == (0, "")
+    printed: Any = OmegaConf.to_container(OmegaConf.create(result.stdout))
+    assert (printed["name"], printed["algo"]["group_size"]) == ("rloo", 3)
+    assert printed["model"]["tokenizer"]["path"] == printed["model"]["path"]
+    assert set(printed) == set(RootConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "typed, offered",
+    [("algo=gr", ["algo=grpo"]), ("tracker=", ["tracker=none", "tracker=tensorboard", "tracker=wandb"]),
+     ("prompts_", ["prompts_per_step="]), ("algo.kl.est", ["algo.kl.estimator="])],
+)  # fmt: skip
+def test_tab_completion_offers_files_and_settings(typed, offered):
+    line = f"train.py {typed}"
+    result = train_py("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert (result.returncode, result.stdout.split()) == (0, offered)
