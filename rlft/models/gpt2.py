@@ -106,9 +106,9 @@ class Block(nn.Module):
 class GPT2(CausalLM):
     """GPT-2 with fresh weights: N(0, s), residual projections N(0, s / sqrt(2 n_layer)), biases 0.
 
-    s, the `initializer_range`, is the published 0.02. It suits a width of 768. In a narrow model attention then starts
-    with next to no effect, which a causal one bears better than a bidirectional one: that knows its surroundings by
-    attention alone, and stays at the frequencies of tokens for long. 1 / (2 sqrt(n_embd)) and more mends it.
+    s, the `initializer_range`, is the published 0.02, which suits a width of 768: in a narrow model attention starts
+    with next to no effect. A bidirectional one, which knows a hidden token's surroundings by attention alone, then
+    stays at the frequencies of tokens for long; 1 / sqrt(n_embd) mends it.
     """
 
     def __init__(self, config: GPT2Config, *, seed: int = 0, initializer_range: float = 0.02) -> None:

@@ -11,53 +11,19 @@ from torch import Tensor
 
 from rlft.algos.base import Totals
 from rlft.algos.denoise import Denoise
-from rlft.counted import generator
-from rlft.data.text import TextData
 from rlft.errors import ConfigError
-from rlft.models.gpt2 import GPT2, GPT2Config
+from rlft.models.gpt2 import GPT2
 from rlft.models.scorer import Scorer
-from rlft.rollout.sampling import Sampling
 from rlft.trainer.batch import Batch
 from rlft.trainer.metrics import Means
-from tests.builders import CPU, TOKENIZER, FixedPrompts, FixedText, perturbed, trainer
-from tests.models.tiny import shaken
-from tests.oracles.orders import any_order_nll, expected_nll, hidden_nll, masks, order_nlls
-
-MASK = 12  # the id behind the tokenizer's twelve
-BLOCK = [3, 7, 0, 7, 2]  # one token is given, four can be hidden
-
-
-class Text(FixedText, TextData):
-    """Fixed blocks that pass for plain text."""
-
-    counts: dict[str, int] = {}  # noqa: RUF012  FixedText sets its own; TextData's is a property
-
-
-def bidirectional(seed: int = 0, *, vocab_size: int = 12, n_positions: int = 32) -> GPT2:
-    """Predictions of several nats that depend on all the tokens around."""
-    return shaken(GPT2(GPT2Config(vocab_size, n_positions, 16, 2, 2, is_causal=False)).double(), seed).eval()
-
-
-def random_blocks(count: int, size: int, *, seed: int) -> Tensor:
-    return torch.randint(0, 12, (count, size), generator=torch.Generator().manual_seed(seed))
-
-
-def denoise(policy: GPT2, data: Text, *, cls: type[Denoise] = Denoise, **changes) -> Denoise:
-    settings = {
-        "sampling": Sampling(32), "rows_per_step": 4, "eval_blocks": None, "eval_levels": 2, "sample_rounds": 3,
-        "sample_order": "confidence", "seed": 0,
-    }  # fmt: skip
-    return cls(policy=policy, tokenizer=TOKENIZER, data=data, device=CPU, **(settings | changes))
+from tests.algos.denoising import BLOCK, MASK, Text, bidirectional, denoise, one_block, random_blocks
+from tests.builders import FixedPrompts
+from tests.oracles.orders import any_order_nll, expected_nll, masks, order_nlls
 
 
 @pytest.fixture
 def algorithm() -> Denoise:
     return denoise(bidirectional(), Text(random_blocks(9, 8, seed=0), random_blocks(70, 8, seed=1)))
-
-
-def one_block(ids: list[int] = BLOCK, **changes) -> Denoise:
-    block = torch.tensor([ids])
-    return denoise(bidirectional(), Text(block, block), **changes)
 
 
 def loss_of(algorithm: Denoise, batch: Batch, totals: Totals | None = None) -> Tensor:
@@ -239,92 +205,6 @@ def test_the_lowest_noise_level_is_above_zero(monkeypatch):
     assert math.isfinite(float(loss_of(algorithm, batch).detach()))
 
 
-# The evaluation
-
-
-def moments(policy: GPT2, ids: list[int]) -> dict[int, tuple[float, float]]:
-    """Mean and variance of T / n * hidden_nll / T over the masks with n hidden tokens, for each n."""
-    values: dict[int, list[float]] = {}
-    for hidden in masks(ids):
-        if hidden:
-            values.setdefault(len(hidden), []).append(hidden_nll(policy, ids, hidden) / len(hidden))
-    return {n: (float(np.mean(v)), float(np.var(v))) for n, v in values.items()}
-
-
-def test_held_out_bound_is_unbiased_and_stratified():
-    """1,000 copies of one block against the exact bound: with one mask each, and with one of each size."""
-    algorithm = one_block()
-    exact = moments(algorithm.policy, BLOCK)
-    bound = np.mean([mean for mean, _ in exact.values()])
-    assert bound == pytest.approx(np.mean(order_nlls(algorithm.policy, BLOCK)) / 4, rel=1e-12)
-    within = np.mean([variance for _, variance in exact.values()])
-    between = np.var([mean for mean, _ in exact.values()])
-    algorithm.data.held_out = torch.tensor([BLOCK]).expand(1000, -1)
-    errors = {}
-    for levels, variance in ((1, within + between), (4, within / 4)):
-        algorithm.eval_levels = levels
-        errors[levels] = 4 * math.sqrt(variance / 1000)
-        assert abs(algorithm.evaluate().metrics["eval/loss"] - bound) < errors[levels]
-    assert errors[4] < errors[1] / 2 < 0.1 * bound
-
-
-def test_each_mask_of_a_held_out_block_hides_its_share_of_sizes(monkeypatch):
-    algorithm = one_block()
-    algorithm.data.held_out = torch.tensor([BLOCK]).expand(30, -1)
-    sizes: list[list[int]] = []
-    noised = algorithm._noised
-    monkeypatch.setattr(algorithm, "_noised", lambda *a, **k: sizes.append(a[1].sum(dim=1).tolist()) or noised(*a, **k))
-    for levels, allowed in ((4, [{1}, {2}, {3}, {4}]), (2, [{1, 2}, {3, 4}]), (1, [{1, 2, 3, 4}])):
-        algorithm.eval_levels = levels
-        sizes.clear()
-        algorithm.evaluate()
-        assert [set(s) for s in sizes] == allowed
-
-
-def test_bound_of_a_fixed_text_by_hand():
-    policy = bidirectional()
-    with torch.no_grad():  # a model that knows nothing of context: every hidden state is ln_f's bias
-        policy.ln_f.weight.zero_()
-        policy.ln_f.bias.zero_()
-        policy.ln_f.bias[0] = 1.0
-        policy.wte.weight.zero_()
-        policy.wte.weight[0, 0] = math.log(4.0)  # so that "a" weighs 4, each of the other eleven 1, and [MASK] nothing
-    blocks = torch.tensor([TOKENIZER.encode(text) for text in ("abbbb", "baaaa")])
-    metrics = denoise(policy, Text(blocks, blocks), eval_levels=3).evaluate().metrics
-    loss = (math.log(15) + math.log(15 / 4)) / 2  # every mask of a block of equal tokens says the same
-    assert metrics == pytest.approx({"eval/loss": loss, "eval/perplexity_bound": math.exp(loss)}, rel=1e-12)
-
-
-def test_evaluation_reads_every_held_out_block_whatever_its_chunks(algorithm, monkeypatch):
-    whole = algorithm.evaluate().metrics["eval/loss"]  # 70 blocks: chunks of 32, 32 and 6
-    monkeypatch.setattr("rlft.algos.denoise.EVAL_ROWS", 7)
-    assert algorithm.evaluate().metrics["eval/loss"] == pytest.approx(whole, rel=1e-12)
-    algorithm.data.held_out = algorithm.data.held_out[:5]
-    few = algorithm.evaluate().metrics["eval/loss"]
-    algorithm.data.held_out, algorithm.eval_blocks = random_blocks(70, 8, seed=1), 5
-    assert algorithm.evaluate().metrics["eval/loss"] == few != whole
-
-
-def test_evaluation_does_not_depend_on_the_runs_seed_and_is_the_same_twice(algorithm):
-    first = algorithm.evaluate()
-    algorithm.seed = 5
-    assert algorithm.evaluate() == first
-
-
-@pytest.mark.parametrize("order", ["confidence", "ancestral"])
-def test_samples_go_on_from_the_first_token_of_held_out_blocks_to_the_end_of_the_text(algorithm, order):
-    algorithm = denoise(algorithm.policy, algorithm.data, sample_order=order)
-    texts = {}
-    for longest in (7, 3):
-        algorithm.sampling = Sampling(longest)
-        samples = algorithm.evaluate().samples
-        assert [s["prompt"] for s in samples] == [TOKENIZER.decode([i]) for i in algorithm.data.held_out[:5, 0]]
-        texts[longest] = [s["completion"] for s in samples]
-    assert texts[3] == [text[:3] for text in texts[7]]
-    assert max(map(len, texts[7])) <= 7
-    assert algorithm._shown([1, 2, 11, 3]) == [1, 2]
-
-
 # What is refused, and what is said
 
 
@@ -374,35 +254,3 @@ def test_plan_says_the_tokens_of_a_step(algorithm):
     said = [("tokens per step", "4 blocks x 7 = 28"), ("held-out bound", "2 masks of each block")]
     assert algorithm.plan() == [*said, ("data: train_blocks", "9")]
     assert algorithm.objective == ("eval/loss", "min")
-
-
-# Does it learn? Text that repeats every seven tokens is known from the one that is given: 0 nats.
-
-
-class ShuffledTargets(Denoise):
-    """The same noised blocks, but what was hidden is asked for in a random order: nothing can be learned from it."""
-
-    def collect(self, batch_index: int) -> Batch:
-        batch = super().collect(batch_index)
-        ids = generator(1, "shuffle", batch_index).permuted(batch.rows.completion_ids.numpy(), axis=1)
-        return dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, completion_ids=torch.from_numpy(ids)))
-
-
-def learned(cls: type[Denoise], run_dir) -> tuple[float, float]:
-    policy = perturbed(GPT2(GPT2Config(12, 15, 32, 1, 2, is_causal=False)), seed=1, spread=0.1)  # shortens a plateau
-    text = torch.arange(512 * 15).reshape(512, 15) % 7
-    algorithm = denoise(policy, Text(text, text[:64]), cls=cls, rows_per_step=16)
-    made = trainer(policy, algorithm, run_dir, steps=250, learning_rate=1e-2, schedule="cosine")
-    made.train()
-    return made.state.before["eval/loss"], made.state.after["eval/loss"]
-
-
-def test_learns_a_repeating_text_by_heart(tmp_path):
-    before, after = learned(Denoise, tmp_path)
-    assert before > math.log(12)
-    assert after < 0.3  # 0.09; seeds 2 and 3: 0.15, 0.07
-
-
-def test_learns_nothing_from_shuffled_targets(tmp_path):
-    _, after = learned(ShuffledTargets, tmp_path)
-    assert after > math.log(7) - 0.01  # which seven tokens there are can be learned, and it is: 1.946

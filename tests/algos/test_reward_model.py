@@ -150,7 +150,12 @@ def test_evaluation_is_the_mean_loss_over_held_out_rows(micro_batch):
 
 
 def test_margins_are_in_every_row_or_in_none():
-    made("reward_model", data=pairs([("a", "b", "c", None), ("b", "a", "c", None)]))
+    assert (
+        "margin"
+        not in made("reward_model", data=pairs([("a", "b", "c", None), ("b", "a", "c", None)])).collect(0).values
+    )
+    read = made("reward_model", data=pairs([("a", "b", "c", "0.5"), ("b", "a", "c", 0)])).collect(0)  # as CSV has it
+    assert sorted(read.values["margin"].tolist()) in ([0] * n + [0.5] * (10 - n) for n in (4, 6))
     for margin in (None, "much", math.nan):
         with pytest.raises(DataError, match=r"memory:2: 'margin' is a number in every row or in none"):
             made("reward_model", data=pairs([("a", "b", "c", 1), ("b", "a", "c", margin)]))

@@ -9,7 +9,7 @@ import pytest
 from rlft.data.completions import CompletionData
 from rlft.data.files import Csv, Jsonl
 from rlft.data.labelled import UnpairedData
-from rlft.data.preferences import PreferenceData, margins
+from rlft.data.preferences import PreferenceData
 from rlft.data.source import SPLITS
 from rlft.errors import ConfigError, DataError
 from rlft.text.bpe import trained_bpe
@@ -290,17 +290,3 @@ def test_text_that_the_tokenizer_refuses_is_named_by_its_place(write_jsonl, toke
     source = Jsonl(write_jsonl([{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "\0"}]), **WHOLE)
     with pytest.raises(DataError, match=r"data\.jsonl:2: the tokenizer cannot encode this text"):
         CompletionData(source, tokenizer=tokenizer).examples("train")
-
-
-def test_margins_are_numbers_or_nothing(write_jsonl, tokenizer):
-    def examples(*values):
-        records = [
-            {"prompt": f"{i}", "chosen": "a", "rejected": "b", "margin": value} for i, value in enumerate(values)
-        ]
-        source = Jsonl({"train": write_jsonl(records)})
-        return PreferenceData(source, tokenizer=tokenizer).examples("train")
-
-    assert margins(examples(1, "0.5", 0)) == [1.0, 0.5, 0.0]
-    assert margins(examples(None, None)) is None
-    with pytest.raises(DataError, match=r"data\.jsonl:2: 'margin' is a number in every row or in none, got None"):
-        margins(examples(1, None))

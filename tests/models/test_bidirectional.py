@@ -95,3 +95,13 @@ def test_there_is_no_rollout_and_no_next_token_score() -> None:
     for prompt in ([1], [1, 2]):
         with pytest.raises(ConfigError, match="no next-token probabilities: train it with algo=denoise"):
             Scorer(policy)(rows_of([prompt], [[3, 4]], [0]))
+
+
+def test_fresh_weights_scale_with_their_range() -> None:
+    sizes = {"vocab_size": 12, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "is_causal": False}
+    plain, wide = GPT2.from_config(**sizes), GPT2.from_config(**sizes, initializer_range=0.06)
+    for name, weight in plain.named_parameters():
+        factor = 3.0 if weight.dim() >= 2 else 1.0
+        torch.testing.assert_close(wide.get_parameter(name), factor * weight, rtol=1e-6, atol=0)
+    with pytest.raises(ConfigError, match=r"model\.initializer_range must be above 0, got 0\.0"):
+        GPT2.from_config(**sizes, initializer_range=0.0)
