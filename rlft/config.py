@@ -88,9 +88,10 @@ NODE = object()  # stands for the type of what is made from a node with a _targe
 # What rlft/build.py itself reads of a group's YAML, and its type.
 READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
-_AT_LEAST_ONE = ("steps", "prompts_per_step", "group_size", "max_new_tokens", "eval_prompts", "keep", "log_every",
+_AT_LEAST_ONE = ("prompts_per_step", "group_size", "max_new_tokens", "eval_prompts", "keep", "log_every",
                  "micro_batch", "micro_batch_tokens", "max_tokens", "patience")  # fmt: skip
-_AT_LEAST_ZERO = ("seed", "warmup_steps", "eval_every", "save_every", "weight_decay", "final_learning_rate_fraction")
+_AT_LEAST_ZERO = ("seed", "steps", "warmup_steps", "eval_every", "save_every", "weight_decay",
+                  "final_learning_rate_fraction")  # fmt: skip
 _ABOVE_ZERO = ("temperature", "learning_rate", "max_grad_norm", "max_minutes")
 _FINITE = ("temperature", "learning_rate")
 
@@ -152,7 +153,7 @@ def _check_ranges(root: dict[str, Any]) -> None:
                 raise ConfigError(f"{name}={root[name]} must be {allowed}")
     if root["patience"] is not None and not root["eval_every"]:
         raise ConfigError(f"patience={root['patience']} counts evaluations, and eval_every=0 has none: set eval_every")
-    if root["warmup_steps"] >= root["steps"]:
+    if root["steps"] and root["warmup_steps"] >= root["steps"]:
         raise ConfigError(f"warmup_steps={root['warmup_steps']} must be below steps={root['steps']}")
     if root["schedule"] not in SCHEDULES:
         raise ConfigError(

@@ -74,12 +74,15 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
 
 
 def _plan(config: RootConfig, job: build.Job, run_dir: Path) -> list[tuple[str, str]]:
+    limits = [f"{config.steps:,} optimizer steps"]
+    limits += [f"{config.max_tokens:,} tokens"] if config.max_tokens is not None else []
+    limits += [f"{config.max_minutes:g} minutes"] if config.max_minutes is not None else []
     return [
         ("run directory", str(run_dir)),
         ("device", f"{job.accelerator.device}, {job.accelerator.num_processes} process(es)"),
         ("policy", f"{type(job.policy).__name__}, {job.policy.num_parameters():,} parameters"),
         *job.algorithm.plan(),
-        ("ends after", f"{config.steps:,} optimizer steps"),
+        ("ends after", " or ".join(limits)),
     ]
 
 

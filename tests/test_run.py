@@ -238,10 +238,23 @@ def test_a_resumed_run_may_be_longer_but_not_another_one(work, whole, tmp_path, 
     assert rows[: STEPS + 1] == metrics(whole) and [row["step"] for row in rows[STEPS + 1 :]] == [9, 10]
 
 
+def test_no_steps_is_an_evaluation(work, whole, tmp_path):
+    run_dir = tmp_path / "run"
+    assert work.here(f"run_dir={run_dir}", "steps=0", "warmup_steps=0") == 0
+    assert metrics(run_dir) == metrics(whole)[:1]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == 0 and summary["evaluation"]["after"] == summary["evaluation"]["before"]
+
+
 def test_a_dry_run_prints_the_plan_and_makes_no_directory(work, tmp_path, capsys):
-    assert work.here(f"run_dir={tmp_path / 'run'}", "dry_run=true") == 0
+    assert work.here(f"run_dir={tmp_path / 'run'}", "dry_run=true", "max_tokens=5000") == 0
     out = " ".join(capsys.readouterr().out.split())
-    for line in (str(tmp_path / "run"), "policy GPT2, 7,984 parameters", "2 prompts x 4 = 8", "8 optimizer steps"):
+    for line in (
+        str(tmp_path / "run"),
+        "policy GPT2, 7,984 parameters",
+        "2 prompts x 4 = 8",
+        "8 optimizer steps or 5,000 tokens",
+    ):
         assert line in out
     assert list(tmp_path.iterdir()) == []
 

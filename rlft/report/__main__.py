@@ -1,7 +1,7 @@
 """From runs to a table, samples and a picture: python -m rlft.report RUNS... --out DIRECTORY.
 
 RUNS are run directories, or directories that hold some; runs of the same `name` are seeds of one setting.
-Writes DIRECTORY/results.md and DIRECTORY/curves.png.
+Writes DIRECTORY/results.md, curves.png where the runs have the reward, and training.png with --train.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="directory of results.md and curves.png")
     parser.add_argument("--metrics", nargs="+", help="columns of the table, as in summary.json")
-    parser.add_argument("--reward", default="eval/reward", help="the metric that is drawn")
+    parser.add_argument("--reward", help="the metric that is drawn; eval/reward where the runs have it")
     parser.add_argument("--samples", type=int, default=0, help="held-out samples before and after, for each name")
+    parser.add_argument("--at-kl", nargs="+", type=float, default=[], help="columns: the reward at so many nats of KL")
+    parser.add_argument("--train", nargs="+", default=[], help="metrics of metrics.jsonl to draw over training")
     args = parser.parse_args(arguments)
     try:
         from rlft.report import curves, table
@@ -40,18 +42,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         groups = read_groups(args.runs)
-        known = groups[next(iter(groups))][0].summary["evaluation"]["after"]
-        shown = args.metrics or [metric for metric in METRICS if metric in known]
-        parts = [table.results(groups, list(dict.fromkeys([args.reward, *shown])))]
+        known = [metric for runs in groups.values() for run in runs for metric in run.summary["evaluation"]["after"]]
+        reward = args.reward or (table.REWARD if table.REWARD in known else None)
+        shown = args.metrics or [metric for metric in METRICS if metric in known] or sorted(set(known))
+        columns = list(dict.fromkeys([*([reward] if reward else []), *shown]))
+        parts = [table.results(groups, columns, reward=reward or table.REWARD, kls=args.at_kl)]
+        parts.append(table.provenance(groups))
+        if args.samples:
+            parts.append(table.samples(groups, args.samples))
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "results.md").write_text("\n\n".join(parts) + "\n")
+        if reward:
+            curves.draw(groups, args.out / "curves.png", reward=reward)
+        if args.train:
+            curves.draw_training(groups, args.out / "training.png", args.train)
     except RlftError as error:
         print(f"rlft: {error}", file=sys.stderr)
         return error.exit_code
-    parts.append(table.provenance(groups))
-    if args.samples:
-        parts.append(table.samples(groups, args.samples))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.md").write_text("\n\n".join(parts) + "\n")
-    curves.draw(groups, args.out / "curves.png", reward=args.reward)
     print("\n\n".join(parts[:2]))
     return 0
 

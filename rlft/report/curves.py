@@ -1,44 +1,99 @@
-"""Curves: the evaluation over training, and reward against KL, with a 95 % band over seeds."""
+"""Curves over training, and of reward against KL, with a 95 % band over seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt
 
+from rlft.errors import ConfigError, nearest
 from rlft.report.runs import Run
-from rlft.report.table import interval
+from rlft.report.table import KL, REWARD, interval
 
-REWARD, KL = "eval/reward", "eval/kl_completion"
+STYLES = ("-", "--", ":")  # with ten colours: thirty settings that can be told apart
+SMOOTHED = 50  # points of a training curve; each is the mean of the rows that it stands for
 
 
 def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> None:
     """Draw `reward` over completion tokens (left) and against the KL per completion (right) into a PNG file.
 
-    Lines are means over seeds at equal steps, bands their 95 % intervals; points are single runs' evaluations.
+    Lines are means over seeds, evaluation by evaluation, bands their 95 % intervals; points are single runs'.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for colour, (name, runs) in enumerate(groups.items()):
-        style = {"color": f"C{colour}"}
-        steps = sorted(set.intersection(*({row["step"] for row in run.evaluations} for run in runs)))
-        rows = [[row for run in runs for row in run.evaluations if row["step"] == step] for step in steps]
-        tokens = [interval([row.get("num_tokens", 0) for row in at])[0] for at in rows]
-        means, halves = zip(*(interval([row[reward] for row in at]) for at in rows), strict=True)
-        left.plot(tokens, means, marker=".", label=name, **style)
-        low = [mean - half for mean, half in zip(means, halves, strict=True)]
-        high = [mean + half for mean, half in zip(means, halves, strict=True)]
-        left.fill_between(tokens, low, high, alpha=0.2, linewidth=0, **style)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4 + 0.15 * max(0, len(groups) - 5)), layout="constrained")
+    for (name, runs), style in zip(groups.items(), _styles(), strict=False):
+        rows = list(zip(*(run.evaluations for run in runs), strict=False))
+        _band(left, [[row.get("num_tokens", 0) for row in at] for at in rows], [[row[reward] for row in at]
+              for at in rows], label=name, **style)  # fmt: skip
         if all(KL in row for at in rows for row in at):
             points = [(row[KL], row[reward]) for at in rows for row in at]
-            right.scatter(*zip(*points, strict=True), s=9, alpha=0.6, **style)
-            right.plot([interval([row[KL] for row in at])[0] for at in rows], means, alpha=0.6, **style)
+            right.scatter(*zip(*points, strict=True), s=9, alpha=0.6, color=style["color"])
+            means = [(interval([row[KL] for row in at])[0], interval([row[reward] for row in at])[0]) for at in rows]
+            right.plot(*zip(*means, strict=True), alpha=0.6, label=name, **style)
     left.set(xlabel="completion tokens", ylabel=f"held-out {reward.removeprefix('eval/')}")
     right.set(xlabel="KL to the reference, nats a completion")
-    left.legend(fontsize="small")
-    for axes in (left, right):
+    _save(figure, [left, right], path)
+
+
+def draw_training(groups: dict[str, list[Run]], path: Path, metrics: Sequence[str]) -> None:
+    """Draw metrics of metrics.jsonl over tokens, a panel for each, into a PNG file; lines and bands as in `draw`.
+
+    Rows are averaged in blocks, about 50 for a run. Raises `ConfigError` for a metric that no run has.
+    """
+    known = sorted({key for runs in groups.values() for run in runs for row in run.rows for key in row})
+    for metric in metrics:
+        if metric not in known:
+            raise ConfigError(f"no run has the metric {metric}{nearest(metric, known)}; there are {', '.join(known)}")
+    figure, axes = plt.subplots(1, len(metrics), figsize=(4 * len(metrics), 3.2), layout="constrained", squeeze=False)
+    for panel, metric in zip(axes[0], metrics, strict=True):
+        for (name, runs), style in zip(groups.items(), _styles(), strict=False):
+            curves = [_blocks([row for row in run.rows if metric in row], metric) for run in runs]
+            points = [point for point in zip(*curves, strict=False) if point]
+            if points:
+                tokens, values = ([[pair[i] for pair in at] for at in points] for i in (0, 1))
+                _band(panel, tokens, values, label=name, **style)
+        panel.set(xlabel="tokens", title=metric)
+    _save(figure, list(axes[0]), path)
+
+
+def _blocks(rows: list[dict], metric: str) -> list[tuple[float, float]]:
+    """Return mean tokens and mean value of each block of rows; a row before any token stands alone."""
+    size = max(1, round(len(rows) / SMOOTHED))
+    first, rest = rows[:1], rows[1:]
+    blocks = ([first] if first else []) + [rest[i : i + size] for i in range(0, len(rest), size)]
+    return [
+        (sum(row.get("num_tokens", 0) for row in block) / len(block), sum(row[metric] for row in block) / len(block))
+        for block in blocks
+    ]
+
+
+def _band(axes: Any, x: list[list[float]], y: list[list[float]], *, label: str, **style: Any) -> None:
+    """Plot means over seeds with their intervals; `x` and `y` hold a list of the seeds' values for each point."""
+    places = [sum(values) / len(values) for values in x]
+    means, halves = zip(*map(interval, y), strict=True)
+    axes.plot(places, means, marker="." if len(places) <= SMOOTHED / 2 else None, label=label, **style)
+    low = [mean - half for mean, half in zip(means, halves, strict=True)]
+    high = [mean + half for mean, half in zip(means, halves, strict=True)]
+    axes.fill_between(places, low, high, alpha=0.15, linewidth=0, color=style["color"])
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    for line in STYLES:
+        for colour in range(10):
+            yield {"color": f"C{colour}", "linestyle": line}
+
+
+def _save(figure: Any, panels: list[Any], path: Path) -> None:
+    handles, labels = panels[0].get_legend_handles_labels()
+    if len(labels) <= 5:
+        panels[0].legend(fontsize="small")
+    else:
+        figure.legend(handles, labels, fontsize="small", loc="outside right upper")
+    for axes in panels:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -35,9 +35,14 @@ class Run:
         return yaml.safe_load((self.directory / "config.yaml").read_text())
 
     @cached_property
+    def rows(self) -> list[dict]:
+        """The rows of metrics.jsonl, by step."""
+        return _rows(self.directory / "metrics.jsonl")
+
+    @cached_property
     def evaluations(self) -> list[dict]:
-        """The rows of metrics.jsonl that hold an evaluation, by step."""
-        return [row for row in _rows(self.directory / "metrics.jsonl") if any(key.startswith("eval/") for key in row)]
+        """The rows that hold an evaluation."""
+        return [row for row in self.rows if any(key.startswith("eval/") for key in row)]
 
     def samples(self, step: int) -> list[dict]:
         """Return the held-out samples of the evaluation at `step`, in the order of their prompts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from scipy.stats import t as student_t
 from rlft.errors import ConfigError, nearest
 from rlft.report.runs import Run
 from rlft.trainer.progress import printable
+
+REWARD, KL = "eval/reward", "eval/kl_completion"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -25,8 +28,26 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(student_t.ppf(0.975, len(values) - 1)) * error
 
 
-def results(groups: dict[str, list[Run]], metrics: Sequence[str]) -> str:
+def at_kl(run: Run, reward: str, kl: float) -> float | None:
+    """Return the held-out reward where the run's KL first reaches `kl` nats a completion; None where it never does.
+
+    Between two evaluations both are taken to change linearly.
+    """
+    for last, row in itertools.pairwise(run.evaluations):
+        if last.get(KL, math.nan) < kl <= row.get(KL, math.nan):
+            share = (kl - last[KL]) / (row[KL] - last[KL])
+            return last[reward] + share * (row[reward] - last[reward])
+    return None
+
+
+def results(
+    groups: dict[str, list[Run]], metrics: Sequence[str], *, reward: str = REWARD, kls: Sequence[float] = ()
+) -> str:
     """Return a table with two rows for each group: the metrics before training, and after it as mean ± 95 % interval.
+
+    Where all groups start alike, one row says so. `kls` adds columns with `reward` where the KL first reaches so many
+    nats a completion, of those seeds that do.
+
 
     Raises `ConfigError` for a metric that no run has.
     """
@@ -34,18 +55,32 @@ def results(groups: dict[str, list[Run]], metrics: Sequence[str]) -> str:
     for metric in metrics:
         if metric not in known:
             raise ConfigError(f"no run has the metric {metric}{nearest(metric, known)}; there are {', '.join(known)}")
-    lines = ["| runs | seeds | " + " | ".join(metrics) + " |", "|---" * (2 + len(metrics)) + "|"]
+    names = [*metrics, *(f"{reward} at {kl:g} nats" for kl in kls)]
+    lines = ["| runs | seeds | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    starts = {name: _before(runs, metrics) + " | –" * len(kls) for name, runs in groups.items()}
+    are_alike = len(set(starts.values())) == 1
+    if are_alike:
+        lines.append(f"| before training | | {next(iter(starts.values()))} |")
     for name, runs in groups.items():
-        before = [interval([run.summary["evaluation"]["before"].get(m, math.nan) for run in runs])[0] for m in metrics]
-        lines.append(f"| {name}, before training | | " + " | ".join(map(_number, before)) + " |")
-        cells = []
-        for metric in metrics:
-            values = [run.summary["evaluation"]["after"].get(metric) for run in runs]
-            counted = [value for value in values if value is not None]
-            mean, half = interval(counted) if counted else (math.nan, math.nan)
-            cells.append(_number(mean) + ("" if math.isnan(half) else f" ± {_number(half)}"))
+        if not are_alike:
+            lines.append(f"| {name}, before training | | {starts[name]} |")
+        cells = [_cell_of([run.summary["evaluation"]["after"].get(metric) for run in runs]) for metric in metrics]
+        cells += [_cell_of([at_kl(run, reward, kl) for run in runs], of=len(runs)) for kl in kls]
         lines.append(f"| {name} | {', '.join(str(run.seed) for run in runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _before(runs: list[Run], metrics: Sequence[str]) -> str:
+    starts = [run.summary["evaluation"]["before"] for run in runs]
+    return " | ".join(_number(interval([start.get(metric, math.nan) for start in starts])[0]) for metric in metrics)
+
+
+def _cell_of(values: Sequence[float | None], *, of: int = 0) -> str:
+    """Return mean ± half-width of the values that are there; with how many of `of` they are, where some are not."""
+    counted = [value for value in values if value is not None]
+    mean, half = interval(counted) if counted else (math.nan, math.nan)
+    some = f" ({len(counted)} of {of})" if 0 < len(counted) < of else ""
+    return _number(mean) + ("" if math.isnan(half) else f" ± {_number(half)}") + some
 
 
 def samples(groups: dict[str, list[Run]], count: int) -> str:

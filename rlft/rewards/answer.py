@@ -14,7 +14,8 @@ class Answer:
 
     `exact`: 1 where the completion, white space aside, is the `answer` column, else 0. `fraction`: the share of
     places, of the longer of the two, at which both have the same character. `characters`: a token-level reward for
-    tokenizers of characters, 1 / len(answer) at each token that is the answer's character at its place.
+    tokenizers of characters, 1 / (len(answer) + 1) at each token that is the answer's character at its place, and at
+    the end-of-text token behind the whole answer's length.
     """
 
     def __init__(self, *, mode: str = "exact") -> None:
@@ -46,8 +47,10 @@ class Answer:
 
 
 def _characters(text: str, num_tokens: int, answer: str) -> list[float]:
-    """Return a value for each token; one that is no character (the end of the text) gets 0."""
-    if len(text) > num_tokens:
+    """Return a value for each token; the last one is the end of the text where it is no character."""
+    if not len(text) <= num_tokens <= len(text) + 1:
         raise RewardError(f"{text!r} has {len(text)} characters in {num_tokens} tokens: this needs a token for each")
-    values = [float(x == y) / len(answer) for x, y in zip(text, answer, strict=False)]
-    return values + [0.0] * (num_tokens - len(values))
+    is_right = [i < len(answer) and text[i] == answer[i] for i in range(len(text))]
+    if num_tokens > len(text):
+        is_right.append(len(text) == len(answer))
+    return [right / (len(answer) + 1) for right in is_right]

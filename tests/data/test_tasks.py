@@ -53,8 +53,8 @@ def test_answers_by_hand():
     ids = [[0] * 3] * 4
     assert Answer()([""] * 4, completions, ids, answer=answer) == [1, 0, 0, 1]
     assert Answer(mode="fraction")([""] * 4, completions, ids, answer=answer) == [1, 0.5, 0.5, 0]
-    values = Answer(mode="characters")(["", ""], ["abx", "b"], [[0] * 4, [0]], answer=["abc", "bd"])
-    assert values == [[1 / 3, 1 / 3, 0, 0], [0.5]]
+    values = Answer(mode="characters")(["", ""], ["abx", "b", "b"], [[0] * 4, [0], [0] * 2], answer=["abc", "bd", "bd"])
+    assert values == [[0.25, 0.25, 0, 0.25], [1 / 3], [1 / 3, 0]]  # the fourth of "abx" is the end, at its place
 
 
 def test_what_cannot_be_verified_is_refused():

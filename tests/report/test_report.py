@@ -8,7 +8,7 @@ import pytest
 from rlft.errors import ConfigError
 from rlft.report.__main__ import main
 from rlft.report.runs import read_groups
-from rlft.report.table import interval, results, samples
+from rlft.report.table import at_kl, interval, results, samples
 
 
 def write_run(directory, *, name="held", seed=0, rewards=(0.0, 0.5), text="a | b\nc", **config):
@@ -83,7 +83,7 @@ def test_results_hold_before_and_after_with_the_interval_over_seeds(tmp_path):
     for seed, after in enumerate((0.4, 0.6)):
         write_run(tmp_path / str(seed), seed=seed, rewards=(0.1, after))
     rows = results(read_groups([tmp_path]), ["eval/reward"]).splitlines()
-    assert rows[2] == "| held, before training | | 0.100 |"
+    assert rows[2] == "| before training | | 0.100 |"
     # s = 0.1414, half-width 12.706 * 0.1 = 1.271
     assert rows[3] == "| held | 0, 1 | 0.500 ± 1.271 |"
     with pytest.raises(ConfigError, match="did you mean 'eval/reward'"):
@@ -104,3 +104,29 @@ def test_the_command_writes_table_and_picture(tmp_path, capsys):
     assert "| held | 0, 1 |" in text and "Commit abc; a machine" in text and "#### held, seed 0" in text
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "| held | 0, 1 |" in capsys.readouterr().out
+
+
+def test_reward_at_a_kl_lies_on_the_line_between_two_evaluations(tmp_path):
+    write_run(tmp_path / "a", rewards=(0.0, 0.5, 1.0))  # at KL 0, 2, 4
+    write_run(tmp_path / "b", seed=1, rewards=(0.0, 0.25, 0.5))  # at KL 0, 1, 2
+    groups = read_groups([tmp_path])
+    assert at_kl(groups["held"][0], "eval/reward", 3.0) == pytest.approx(0.75)
+    assert at_kl(groups["held"][1], "eval/reward", 3.0) is None
+    row = results(groups, ["eval/kl_completion"], kls=[1.0, 3.0]).splitlines()[-1]
+    # at 1 nat both have 0.25; 3 nats only one reaches
+    assert row.endswith("| 0.250 ± 0.000 | 0.750 (1 of 2) |")
+
+
+def test_groups_that_start_alike_share_the_row_before_training(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name, name=name)
+    lines = results(read_groups([tmp_path]), ["eval/reward"]).splitlines()
+    assert lines[2:] == ["| before training | | 0.000 |", "| a | 0 | 0.500 |", "| b | 0 | 0.500 |"]
+
+
+def test_training_curves_are_drawn_and_an_unknown_metric_is_refused(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "a")
+    command = [str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--train"]
+    assert main([*command, "reward"]) == 0
+    assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command, "rewardd"]) == 2 and "did you mean 'reward'" in capsys.readouterr().err
