@@ -11,6 +11,7 @@ import collections.abc
 import inspect
 import math
 import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, fields
@@ -196,8 +197,11 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
             raise ConfigError(f"{path}.{key} cannot be set: it is handed in by the run")
         if key not in named and key not in read and not takes_any:
             settable = [name for name in [*named, *read] if name not in given and name != "self"]
+            if node.get("_partial_"):  # what has no default is a tensor, handed in at each call
+                settable = [n for n in settable if n in node or parameters[n].default is not inspect.Parameter.empty]
             raise ConfigError(
-                f"unknown setting '{path}.{key}'{nearest(key, settable)}; allowed: {', '.join(settable) or 'none'}"
+                f"unknown setting '{path}.{key}'{nearest(key, settable)}{_taken_by(target, key)}; "
+                f"allowed: {', '.join(settable) or 'none'}"
             )
         if key in hints:
             _check_type(f"{path}.{key}", value, hints[key])
@@ -208,6 +212,18 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
     for key, value in node.items():
         if hints.get(key) is NODE or (isinstance(value, dict) and "_target_" in value):
             _check_node(f"{path}.{key}", value, given=[], read={})
+
+
+def _taken_by(target: Any, key: str) -> str:
+    """Say which public functions beside `target` take a setting that it does not, such as another surrogate's clip."""
+    beside = vars(sys.modules[target.__module__]).items()
+    others = [
+        name
+        for name, other in beside
+        if inspect.isfunction(other) and other.__module__ == target.__module__ and not name.startswith("_")
+        and key in inspect.signature(other).parameters
+    ]  # fmt: skip
+    return f": {target.__name__} does not take it, {' and '.join(others)} would" if others else ""
 
 
 def _hints(target: Any) -> dict[str, Any]:

@@ -165,6 +165,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(override, message):
         edited(override)
 
 
+def test_a_setting_of_another_part_is_refused_with_the_part_that_has_it():
+    with pytest.raises(ConfigError, match="score_function does not take it, clipped would; allowed: none"):
+        config("algo=rloo", "+algo.surrogate.dual_clip=3")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlft.algos import combinations
+from rlft.algos.agreement import check_sampler
 from rlft.algos.base import Algorithm, Evaluation, Totals
 from rlft.algos.evaluation import Evaluator
 from rlft.algos.kl import KLPenalty
@@ -23,7 +24,6 @@ from rlft.algos.rollouts import Rollouts, Sampled
 from rlft.algos.scoring import add_rollout, sample_rows
 from rlft.counted import order
 from rlft.data.prompts import PromptData
-from rlft.errors import NonFiniteError
 from rlft.functional.advantages import whiten
 from rlft.functional.aggregation import token_mean
 from rlft.functional.kl import k3
@@ -36,8 +36,6 @@ from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer
 from rlft.trainer.batch import Batch
 from rlft.trainer.metrics import Clock, Means
-
-MAX_LOGPROB_DIFFERENCE = 1e-3  # between sampler and trainer in float32, nats
 
 
 class PolicyGradient(Algorithm):
@@ -208,11 +206,9 @@ class PolicyGradient(Algorithm):
         for name, statistic in statistics.items():
             means.add(f"{name}_mean" if name.startswith("clip_ratio/") else name, statistic, mask)
         if update == 0:
-            self._check_sampler(logprobs, old_logprobs, mask, means)
+            check_sampler(logprobs, old_logprobs, mask, means, is_float32=self.is_float32)
         if self.updates_per_batch > 1:
-            moved = torch.where(
-                mask, k3(old_logprobs, logprobs.detach()), 0.0
-            )  # from the sampler's tokens: KL(old || new)
+            moved = torch.where(mask, k3(old_logprobs, logprobs.detach()), 0.0)  # the sampler's tokens: KL(old || new)
             means.add("policy/approxkl", moved, mask)
             self._moved = [self._moved[0] + float(moved.sum()), self._moved[1] + float(mask.sum())]
         total = call(
@@ -290,16 +286,6 @@ class PolicyGradient(Algorithm):
         for name, statistic in statistics.items():
             means.add(name, statistic, has_return)
         return self.value_coef * token_mean(error, has_return, num_tokens=totals.num_tokens)
-
-    def _check_sampler(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, means: Means) -> None:
-        difference = (logprobs.detach() - old_logprobs).abs()
-        means.add_max("sampling/sampling_logp_difference/max", difference, mask)
-        largest = float(torch.where(mask, difference, 0.0).max())
-        if self.is_float32 and largest > MAX_LOGPROB_DIFFERENCE:
-            raise NonFiniteError(
-                f"the sampler's logprobs differ from the trainer's by up to {largest:.1e} nats (allowed in float32: "
-                f"{MAX_LOGPROB_DIFFERENCE:g}): the policy that sampled is not the one that is trained"
-            )
 
     def _samples(self, sampled: Sampled, advantages: Tensor) -> list[dict]:
         rows = sample_rows(self.tokenizer, sampled.prompt_of_row, sampled.rollout, sampled.scored)

@@ -16,6 +16,7 @@ from rlft.algos.examples import check_room, completion_rows, held_out, show_samp
 from rlft.algos.likelihood import EVAL_ROWS, mean_loss, perplexity, text_rows
 from rlft.data.completions import CompletionData, Example
 from rlft.data.text import TextData
+from rlft.errors import ConfigError
 from rlft.functional.aggregation import token_mean
 from rlft.models.base import CausalLM
 from rlft.models.scorer import Rows, Scorer
@@ -51,6 +52,11 @@ class SFT(Algorithm):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if not (isinstance(data, CompletionData) or hasattr(data, "block_size")):
+            raise ConfigError(
+                f"algo=sft trains on plain text, such as data=reviews_text, or on completions, such as "
+                f"data=completions_jsonl; the data set is a {type(data).__name__}"
+            )
         if isinstance(data, CompletionData):
             check_room(data, context_length=policy.context_length)
         self.policy, self.tokenizer, self.data, self.sampling = policy, tokenizer, data, sampling

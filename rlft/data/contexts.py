@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
+from rlft.counted import generator
 from rlft.data.prompts import Prompt
 from rlft.data.source import Source
 from rlft.data.text import TextData
@@ -14,16 +16,26 @@ from rlft.text.tokenizer import Tokenizer
 
 
 class Contexts:
-    """Prompts of `context` tokens cut from plain text; column `target_ids` holds the `horizon` tokens that follow.
+    """Prompts of at most `context` tokens cut from plain text, with the `horizon` tokens that follow as `target_ids`.
 
+    Lengths are uniform between `min_context` and `context`, drawn for each prompt: with min_context=1 a policy learns
+    at every position of its context, and not at the last ones only.
     The blocks are `TextData`'s, so the prompts of a step are a function of (seed, step), and the validation blocks of
     `text` measure the policy as a language model.
     """
 
-    def __init__(self, text: Callable[..., TextData], *, tokenizer: Tokenizer, context: int, horizon: int) -> None:
+    def __init__(
+        self,
+        text: Callable[..., TextData],
+        *,
+        tokenizer: Tokenizer,
+        context: int,
+        horizon: int,
+        min_context: int | None = None,
+    ) -> None:
         """`text` makes the blocks, given a tokenizer; `context` and `horizon`, in tokens, must fit into one.
 
-        Raises `ConfigError` where they do not.
+        `min_context` None stands for `context`. Raises `ConfigError` where they do not fit.
         """
         self.tokenizer, self.text = tokenizer, text(tokenizer=tokenizer)
         if context < 1 or horizon < 1 or context + horizon > self.text.block_size + 1:
@@ -31,6 +43,9 @@ class Contexts:
                 f"data.context={context} and data.horizon={horizon} must be at least 1, and together at most "
                 f"data.text.block_size + 1 = {self.text.block_size + 1}"
             )
+        self.min_context = context if min_context is None else min_context
+        if not 1 <= self.min_context <= context:
+            raise ConfigError(f"data.min_context={min_context} must be between 1 and data.context={context}")
         self.context, self.horizon = context, horizon
         self._held_out: list[Prompt] | None = None
 
@@ -39,12 +54,12 @@ class Contexts:
         if split != "validation":
             return []
         if self._held_out is None:
-            self._held_out = self._cut(self.text.validation())
+            self._held_out = self._cut(self.text.validation(), generator(0, "held-out context"))
         return self._held_out
 
     def batch(self, step: int, *, size: int, seed: int) -> list[Prompt]:
         """Return the `size` prompts of a step: a function of its arguments only."""
-        return self._cut(self.text.batch(step, size=size, seed=seed))
+        return self._cut(self.text.batch(step, size=size, seed=seed), generator(seed, "context", step))
 
     @property
     def source(self) -> Source:
@@ -55,11 +70,11 @@ class Contexts:
     def counts(self) -> dict[str, int]:
         return self.text.counts
 
-    def _cut(self, blocks: torch.Tensor) -> list[Prompt]:
-        end = self.context + self.horizon
-        ids = blocks[:, :end].tolist()
-        texts = self.tokenizer.decode_batch([row[: self.context] for row in ids])
+    def _cut(self, blocks: torch.Tensor, draws: np.random.Generator) -> list[Prompt]:
+        lengths = draws.integers(self.min_context, self.context, size=len(blocks), endpoint=True)
+        rows = list(zip(blocks.tolist(), lengths.tolist(), strict=True))
+        texts = self.tokenizer.decode_batch([row[:length] for row, length in rows])
         return [
-            Prompt(text, row[: self.context], {"target_ids": row[self.context :]}, f"block {i}")
-            for i, (text, row) in enumerate(zip(texts, ids, strict=True))
+            Prompt(text, row[:length], {"target_ids": row[length : length + self.horizon]}, f"block {i}")
+            for i, (text, (row, length)) in enumerate(zip(texts, rows, strict=True))
         ]

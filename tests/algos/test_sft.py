@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlft.algos.base import Totals
+from rlft.errors import ConfigError
 from rlft.models.scorer import Scorer
 from rlft.trainer.metrics import Means
 from tests.builders import TOKENIZER, FixedText, sft, tiny
@@ -104,6 +105,11 @@ def test_ranks_share_the_blocks_of_a_step(algorithm):
         algorithm.rank, algorithm.world_size = rank, 2
         parts += algorithm.collect(0).rows.completion_ids.tolist()
     assert sorted(parts) == sorted(whole)
+
+
+def test_prompts_alone_are_refused_with_what_it_trains_on(algorithm):
+    with pytest.raises(ConfigError, match=r"data=reviews_text, or on completions.*the data set is a str"):
+        sft(algorithm.policy, "prompts", rows_per_step=4)
 
 
 def test_plan_says_the_tokens_of_a_step(algorithm):

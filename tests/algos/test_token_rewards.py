@@ -20,10 +20,11 @@ from tests.oracles.loops import discounted_returns
 BLOCKS = torch.arange(60).view(6, 10) % 11
 
 
-def contexts(context: int = 3, horizon: int = 4) -> Contexts:
-    return Contexts(
-        lambda tokenizer: FixedText(BLOCKS, BLOCKS[:2]), tokenizer=TOKENIZER, context=context, horizon=horizon
-    )
+def contexts(context: int = 3, horizon: int = 4, **settings: int) -> Contexts:
+    def text(tokenizer):
+        return FixedText(BLOCKS, BLOCKS[:2])
+
+    return Contexts(text, tokenizer=TOKENIZER, context=context, horizon=horizon, **settings)
 
 
 def dense(completion_ids, **_):
@@ -37,6 +38,17 @@ def test_contexts_carry_the_tokens_that_follow():
     assert [p.columns["target_ids"] for p in prompts] == [row[3:7] for row in rows]
     assert [p.text for p in prompts] == ["".join(ALPHABET[i] for i in row[:3]) for row in rows]
     assert [p.ids for p in contexts().prompts("validation")] == BLOCKS[:2, :3].tolist()
+
+
+def test_contexts_of_drawn_lengths_are_a_function_of_seed_and_step_and_reach_every_length():
+    data = contexts(context=5, horizon=2, min_context=2)
+    assert data.batch(1, size=6, seed=0) == data.batch(1, size=6, seed=0)
+    for prompt in data.batch(1, size=6, seed=0):
+        first, *_, last = prompt.ids + prompt.columns["target_ids"]
+        assert len(prompt.columns["target_ids"]) == 2 and (last - first) % 11 == len(prompt.ids) + 1  # ids count up
+    assert {len(p.ids) for step in range(9) for p in data.batch(step, size=6, seed=0)} == {2, 3, 4, 5}
+    with pytest.raises(ConfigError, match=r"min_context=6 must be between 1 and data\.context=5"):
+        contexts(context=5, min_context=6)
 
 
 def test_contexts_that_fit_no_block_are_refused():

@@ -1,4 +1,4 @@
-"""`python -m rlft verify`: everything passes, and what it prints and writes. Broken parts are in test_mutations.py."""
+"""`python -m rlft verify`: everything passes, and what it prints and writes. Broken parts are in test_broken_*.py."""
 
 from __future__ import annotations
 
