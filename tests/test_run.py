@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rlft.models.gpt2 import GPT2
 from tests.builders import rows_of
@@ -271,6 +271,26 @@ def test_the_exported_model_gives_the_logits_of_the_last_checkpoint_in_transform
     text = "a film, très  bon\n\tand “great” 🎬"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer) == theirs.config.vocab_size == 260
+
+
+def test_a_model_of_transformers_trains_and_resumes_to_the_same_bits(work, whole, tmp_path):
+    path, settings = tmp_path / "llama", [one for one in work.settings if not one.startswith("model")]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(whole / "model").save_pretrained(path)
+    settings += ["model=hf", f"model.path={path}"]
+    assert run_here(*settings, f"run_dir={tmp_path / 'whole'}") == 0
+    assert run_here(*settings, f"run_dir={tmp_path / 'parts'}", "steps=3") == 0
+    assert run_here(f"run_dir={tmp_path / 'parts'}", "resume=true", f"steps={STEPS}") == 0
+    parts = results(tmp_path / "parts")  # whose rows have one more evaluation, where it stopped
+    assert all(parts[name] == value for name, value in results(tmp_path / "whole").items() if isinstance(value, bytes))
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_summary_holds_evaluations_tokens_time_source_and_why_it_ended(whole):

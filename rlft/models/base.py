@@ -14,6 +14,8 @@ from torch import Tensor, nn
 class Cache(Protocol):
     """Keys and values of earlier tokens, as a model's attention layers meet them (`rlft/rollout/cache.py`)."""
 
+    used: int  # slots that earlier tokens fill, gaps among them; the same in every row
+
     def mask(self, num_new: int) -> Tensor | None:
         """Return what `num_new` new tokens may attend to: bool `[B or 1, 1, num_new, slots]`, True where they may.
 

@@ -21,9 +21,7 @@ def read_weights(path: str) -> tuple[dict, dict[str, Tensor]]:
     safetensors files are read: nothing pickled is ever loaded. Raises `ConfigError` naming the ways on, and
     `CheckpointError` for a file that is damaged or not what its name says.
     """
-    directory = Path(resolve(path))
-    if not directory.is_dir():
-        directory = _download(path)
+    directory = local_directory(path)
     ours = directory / "policy.safetensors"
     if ours.is_file():
         weights, metadata = _read_file(ours)
@@ -46,6 +44,12 @@ def read_weights(path: str) -> tuple[dict, dict[str, Tensor]]:
             raise ConfigError(f"model.path={path}: {name} is missing (only safetensors are read, never pickles)")
         weights |= _read_file(directory / name)[0]
     return json.loads((directory / "config.json").read_text()), weights
+
+
+def local_directory(path: str) -> Path:
+    """Return the directory that `path` names: a package's, a local one, or the hub's, downloaded."""
+    directory = Path(resolve(path))
+    return directory if directory.is_dir() else _download(path)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def random(policy: CausalLM, *, seed: int) -> CausalLM:
 
 
 def checkpoint(policy: CausalLM, *, tokenizer: Encoder, path: str) -> CausalLM:
-    """Return the frozen GPT-2 at `path`: another run's checkpoint, a Hugging Face directory, or a name on the hub.
+    """Return the frozen model at `path`, of the policy's class: a run's checkpoint, an exported one, or a hub name.
 
     Its vocabulary must be the policy's. The size is checked always, the tokens themselves where a local directory
     holds a `tokenizer.json` (as `<run directory>/model` does; a checkpoint of ours has none).
@@ -49,8 +50,9 @@ def checkpoint(policy: CausalLM, *, tokenizer: Encoder, path: str) -> CausalLM:
     Raises `ConfigError` for another vocabulary, a context shorter than the policy's, or a path that holds no model,
     `CheckpointError` for one that is damaged.
     """
+    kind: Any = type(policy)
     try:
-        model = GPT2.from_pretrained(path)
+        model = kind.from_pretrained(path)
     except (ConfigError, CheckpointError) as error:
         raise type(error)(str(error).replace("model.path", "reference.path")) from error
     if model.vocab_size != policy.vocab_size:

@@ -22,6 +22,7 @@ class PrefixCache:
 
     def __init__(self, lengths: Tensor) -> None:
         self.lengths = lengths  # [P] int64, tokens in each prompt
+        self.used = 0
         self.keys: list[Tensor] = []  # each [P, H, S, D]
         self.values: list[Tensor] = []
 
@@ -42,11 +43,11 @@ class ExpandedPrefix:
 
     def __init__(self, prefix: PrefixCache, prompt_of_row: Tensor) -> None:
         self.prefix, self.prompt_of_row = prefix, prompt_of_row
+        self.used = prefix.keys[0].shape[2]
 
     def mask(self, num_new: int) -> Tensor:
         lengths, device = self.prefix.lengths[self.prompt_of_row], self.prompt_of_row.device
-        num_slots = self.prefix.keys[0].shape[2]
-        visible = _prompt_slots(lengths, num_slots)[:, None, None, :].expand(-1, 1, num_new, -1)
+        visible = _prompt_slots(lengths, self.used)[:, None, None, :].expand(-1, 1, num_new, -1)
         causal = torch.ones(num_new, num_new, dtype=torch.bool, device=device).tril()
         return torch.cat([visible, causal.expand(len(lengths), 1, -1, -1)], dim=3)
 
@@ -71,7 +72,7 @@ class DecodeCache:
             self.keys[layer][:, :, :num_slots] = prefix.keys[layer].index_select(0, prompt_of_row)
             self.values[layer][:, :, :num_slots] = prefix.values[layer].index_select(0, prompt_of_row)
         lengths = prefix.lengths[prompt_of_row]
-        self.used = num_slots  # slots filled so far, the same in every row
+        self.used = num_slots
         self.visible: Tensor | None = None  # bool [B, S + max_new_tokens]; None where no prompt leaves a gap
         if bool((lengths < num_slots).any()):
             new = lengths.new_ones((num_rows, max_new_tokens), dtype=torch.bool)
