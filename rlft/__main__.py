@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         "verify", help="every algorithm against exact answers, on tasks that can be enumerated: two minutes on one core"
     )
     verify.add_argument(
-        "--out", type=Path, default=Path("outputs/verify"), help="directory of verify.json, frontier.png"
+        "--out", type=Path, default=Path("outputs/verify"), help="directory of verify.md, verify.json, frontier.png"
     )
     verify.add_argument("--only", nargs="+", default=[], metavar="NAME", help="algorithms (grpo), or parts (kl)")
     args = parser.parse_args(arguments)
@@ -50,7 +50,8 @@ def _verify(out: Path, only: list[str]) -> int:
     console.print(report.table(findings.rows))
     out.mkdir(parents=True, exist_ok=True)
     report.write_json(findings.rows, findings.trained, out / "verify.json", seconds=seconds)
-    written = f"{out / 'verify.json'}"
+    report.write_markdown(findings.rows, out / "verify.md", seconds=seconds)
+    written = f"{out / 'verify.md'}, {out / 'verify.json'}"
     if findings.trained:
         report.draw(findings.trained, out / "frontier.png")
         written += f", {out / 'frontier.png'}"

@@ -22,11 +22,14 @@ SMOOTHED = 50  # points of a training curve; each is the mean of the rows that i
 def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> None:
     """Draw `reward` over completion tokens (left) and against the KL per completion (right) into a PNG file.
 
-    Lines are means over seeds, evaluation by evaluation, bands their 95 % intervals; points are single runs'.
+    Lines are means over seeds, evaluation by evaluation, bands their 95 % intervals; points are single runs'. Runs
+    without `reward`, such as supervised ones, are left out.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4 + 0.15 * max(0, len(groups) - 5)), layout="constrained")
     for (name, runs), style in zip(groups.items(), _styles(), strict=False):
-        rows = list(zip(*(run.evaluations for run in runs), strict=False))
+        rows = list(zip(*([row for row in run.evaluations if reward in row] for run in runs), strict=False))
+        if not rows:
+            continue
         _band(left, [[row.get("num_tokens", 0) for row in at] for at in rows], [[row[reward] for row in at]
               for at in rows], label=name, **style)  # fmt: skip
         if all(KL in row for at in rows for row in at):

@@ -33,7 +33,7 @@ def at_kl(run: Run, reward: str, kl: float) -> float | None:
 
     Between two evaluations both are taken to change linearly.
     """
-    for last, row in itertools.pairwise(run.evaluations):
+    for last, row in itertools.pairwise(row for row in run.evaluations if reward in row):
         if last.get(KL, math.nan) < kl <= row.get(KL, math.nan):
             share = (kl - last[KL]) / (row[KL] - last[KL])
             return last[reward] + share * (row[reward] - last[reward])

@@ -1,4 +1,4 @@
-"""What a verification shows: one table, a JSON file, and a picture of the reward-KL frontiers."""
+"""What a verification shows: a table (printed, and as a page), a JSON file, a picture of the reward-KL frontiers."""
 
 from __future__ import annotations
 
@@ -34,6 +34,24 @@ def table(rows: list[Row]) -> Table:
         made.add_row(Text(name), Text(row.claim), Text(expected(row)), Text(f"{row.measured:.4g}"), verdict)
         before = row.algorithm
     return made
+
+
+def write_markdown(rows: list[Row], path: Path, *, seconds: float) -> None:
+    """Write the same table as a page, with what it was found with."""
+    passed = sum(row.is_right for row in rows)
+    lines = [
+        "# `python -m rlft verify`",
+        "",
+        f"{passed} of {len(rows)} rows pass; {seconds:.0f} s, one thread of {platform.machine()}, torch "
+        f"{torch.__version__}, Python {platform.python_version()}.",
+        "",
+        "| algorithm | property | expected | measured | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (row.algorithm, row.claim, expected(row), f"{row.measured:.4g}", row.verdict)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def expected(row: Row) -> str:

@@ -124,6 +124,16 @@ def test_groups_that_start_alike_share_the_row_before_training(tmp_path):
     assert lines[2:] == ["| before training | | 0.000 |", "| a | 0 | 0.500 |", "| b | 0 | 0.500 |"]
 
 
+def test_runs_without_a_reward_stand_in_the_table_and_not_in_its_curves(tmp_path):
+    write_run(tmp_path / "runs" / "a")
+    write_run(tmp_path / "runs" / "b", name="supervised")
+    file = tmp_path / "runs" / "b" / "metrics.jsonl"
+    file.write_text(file.read_text().replace("eval/reward", "eval/loss"))
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--at-kl", "1"]) == 0
+    lines = (tmp_path / "out" / "results.md").read_text().splitlines()
+    assert next(line for line in lines if line.startswith("| supervised |")).endswith("| – |")
+
+
 def test_training_curves_are_drawn_and_an_unknown_metric_is_refused(tmp_path, capsys):
     write_run(tmp_path / "runs" / "a")
     command = [str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--train"]

@@ -72,6 +72,8 @@ def test_the_command_shows_only_what_is_asked_for(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "E[r]" in printed and "grpo" not in printed and "16 of 16 rows pass" in printed
     rows = json.loads((tmp_path / "verify.json").read_text())["rows"]
+    page = (tmp_path / "verify.md").read_text()
+    assert page.count("| pass |") == len(rows) == 16 and "16 of 16 rows pass" in page
     assert set(rows[0]) == {"algorithm", "property", "expected", "measured", "tolerance", "relation", "verdict"}
     assert not (tmp_path / "frontier.png").exists()  # nothing was trained
 
