@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train train_smoke train_quick train_full test test_slow check tensorboard experiments clean
+.PHONY: train train_smoke train_quick train_full test test_slow check tensorboard experiments verify bench clean
 
 train: $(INSTALLED)          ## the main job: a minute on two cores
 	$(RUN) train.py algo=grpo reward=sentiment
@@ -19,8 +19,14 @@ train_quick: $(INSTALLED)    ## half a minute
 train_full: $(INSTALLED)     ## the recorded experiment: held by KL, 256 held-out prompts
 	$(RUN) train.py +experiment=sentiment_grpo
 
-experiments: $(INSTALLED)    ## the tables and pictures under experiments/: a quarter of an hour
-	PYTHON=$(RUN) experiments/sentiment_grpo/run.sh
+experiments: $(INSTALLED)    ## the tables and pictures under experiments/: three hours on two cores
+	for run in experiments/*/run.sh; do PYTHON=$(RUN) $$run || exit 1; done
+
+verify: $(INSTALLED)         ## every online algorithm against exact answers; the pages under docs/verify
+	$(RUN) -m rlft verify --out docs/verify
+
+bench: $(INSTALLED)          ## beside the peers: benchmarks/results.md; TRL_PYTHON and PPO_PYTHON are theirs
+	$(RUN) -m benchmarks.versus --trl $(or $(TRL_PYTHON),$(RUN)) $(if $(PPO_PYTHON),--ppo $(PPO_PYTHON))
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -q

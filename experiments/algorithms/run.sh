@@ -39,9 +39,9 @@ sums() {
   for seed in $seeds; do
     for algo in $algorithms; do
       own=""
-      [ $algo = ppo ] && own="eval_every=120"
+      [ $algo = ppo ] && own="eval_every=80"
       train "$out/sums/$algo-s$seed" +experiment=sums name=$algo algo=$algo model.path="$out/sums_sft/model" \
-        seed=$seed steps=100000 max_tokens=200000 $own
+        seed=$seed steps=100000 max_tokens=130000 $own
     done
   done
 }
