@@ -106,7 +106,9 @@ def generate(
         draws = torch.from_numpy(
             uniforms(seed=seed, stream=stream, step=step, prompts=numbers, members=members, num_tokens=max_new)
         ).to(device)
-    cache = DecodeCache(prefix, prompt_of_row, max_new_tokens=max_new, shape=policy.cache_shape)
+    cache = None  # one new token follows from the prompt alone
+    if max_new > 1:
+        cache = DecodeCache(prefix, prompt_of_row, max_new_tokens=max_new, shape=policy.cache_shape)
     ids, logprobs, num_tokens, stopped = _decode(
         policy, hidden, cache, lengths[prompt_of_row], room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id
     )
@@ -120,7 +122,7 @@ def generate(
 def _decode(
     policy: CausalLM,
     hidden: Tensor,  # [B, C] that predicts the first new token
-    cache: DecodeCache,
+    cache: DecodeCache | None,
     positions: Tensor,  # [B] of the first new token
     room: Tensor,  # [B]
     draws: Tensor | None,  # [B, max_new] float64
@@ -147,7 +149,7 @@ def _decode(
             stopped[cached] |= is_open & (token == eos_id)
         left = ~stopped[cached] & (room[cached] > t + 1)
         num_left = int(left.sum())
-        if num_left == 0 or t + 1 == max_new:
+        if num_left == 0 or t + 1 == max_new or cache is None:
             break
         if num_left < KEEP_FRACTION * len(cached):
             kept = left.nonzero()[:, 0]

@@ -76,14 +76,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` (a list, or an array or CPU tensor `[T]`), without special tokens."""
-        row = np.asarray(ids).tolist()
-        text = self.hf.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)  # a list only for a list of rows
-        return text
+        return self.decode_batch([ids])[0]
 
     def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
         """Return the text of each row of ids; rows may differ in length."""
-        return [self.decode(row) for row in rows]
+        lists = [np.asarray(row, dtype=np.int64).tolist() for row in rows]
+        return self.hf.backend_tokenizer.decode_batch(lists, skip_special_tokens=True)
 
     def save(self, directory: str | Path) -> None:
         """Write Hugging Face files, so that `AutoTokenizer.from_pretrained(directory)` gives the same ids."""
