@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every online algorithm, as its YAML stands, on two tasks with equal sampled tokens and seeds 0, 1, 2, and DPO on ranked
 # pairs; then the tables and pictures. About two hours of one core; a finished run is not run again.
-# OUT (a directory), SEEDS and JOBS (processes at once, a thread each) may be set.
+# OUT (a directory), SEEDS and JOBS (processes at once, a thread each) may be set; parts may be named (run.sh sums report).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python} out=${OUT:-outputs/algorithms} seeds=${SEEDS:-0 1 2}
@@ -46,12 +46,22 @@ sums() {
   done
 }
 
-sentiment | at_once
-for seed in $seeds; do dpo "$seed"; done
-$(train "$out/sums_sft" +experiment=sums_sft)
-sums | at_once
-for task in sentiment sums; do
-  reward=eval/rewards/$([ $task = sums ] && echo answer || echo sentiment)/mean
-  "$python" -m rlft.report "$out/$task" --out "experiments/algorithms/$task" --reward "$reward" --metrics \
-    eval/kl_completion eval/distinct_2 eval/reference_perplexity --at-kl $([ $task = sums ] && echo 0.2 || echo 2 5)
+report() { # TASK REWARD KL…
+  "$python" -m rlft.report "$out/$1" --out "experiments/algorithms/$1" --reward "eval/rewards/$2/mean" --metrics \
+    eval/kl_completion eval/distinct_2 eval/reference_perplexity --at-kl "${@:3}"
+}
+
+for part in ${@:-sentiment dpo sums report}; do
+  case $part in
+    sentiment) sentiment | at_once ;;
+    dpo) for seed in $seeds; do dpo "$seed"; done ;;
+    sums)
+      $(train "$out/sums_sft" +experiment=sums_sft)
+      sums | at_once
+      ;;
+    report)
+      report sentiment sentiment 2 5
+      report sums answer 0.2
+      ;;
+  esac
 done
