@@ -10,28 +10,31 @@ import matplotlib
 
 matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 from rlft.errors import ConfigError, nearest
 from rlft.report.runs import Run
 from rlft.report.table import KL, REWARD, interval
 
 STYLES = ("-", "--", ":")  # with ten colours: thirty settings that can be told apart
+MOST_BANDS = 6  # settings of which the intervals are drawn; with more, bands hide the lines, and the table has them
+WIDE_KL = 20.0  # nats; from here on the KL's axis is logarithmic above 1
 SMOOTHED = 50  # points of a training curve; each is the mean of the rows that it stands for
 
 
 def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> None:
     """Draw `reward` over completion tokens (left) and against the KL per completion (right) into a PNG file.
 
-    Lines are means over seeds, evaluation by evaluation, bands their 95 % intervals; points are single runs'. Runs
-    without `reward`, such as supervised ones, are left out.
+    Lines are means over seeds, evaluation by evaluation; bands, of few settings, their 95 % intervals; points are
+    single runs'. Runs without `reward`, such as supervised ones, are left out.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4 + 0.15 * max(0, len(groups) - 5)), layout="constrained")
     for (name, runs), style in zip(groups.items(), _styles(), strict=False):
         rows = list(zip(*([row for row in run.evaluations if reward in row] for run in runs), strict=False))
         if not rows:
             continue
-        _band(left, [[row.get("num_tokens", 0) for row in at] for at in rows], [[row[reward] for row in at]
-              for at in rows], label=name, **style)  # fmt: skip
+        tokens, values = ([[row.get(key, 0) for row in at] for at in rows] for key in ("num_tokens", reward))
+        _band(left, tokens, values, label=name, is_shown=len(groups) <= MOST_BANDS, **style)
         if all(KL in row for at in rows for row in at):
             points = [(row[KL], row[reward]) for at in rows for row in at]
             right.scatter(*zip(*points, strict=True), s=9, alpha=0.6, color=style["color"])
@@ -39,6 +42,9 @@ def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> N
             right.plot(*zip(*means, strict=True), alpha=0.6, label=name, **style)
     left.set(xlabel="completion tokens", ylabel=f"held-out {reward.removeprefix('eval/')}")
     right.set(xlabel="KL to the reference, nats a completion")
+    if right.get_xlim()[1] > WIDE_KL:
+        right.set_xscale("symlog", linthresh=1.0)
+        right.set_xlim(left=0.0)
     _save(figure, [left, right], path)
 
 
@@ -58,7 +64,7 @@ def draw_training(groups: dict[str, list[Run]], path: Path, metrics: Sequence[st
             points = [point for point in zip(*curves, strict=False) if point]
             if points:
                 tokens, values = ([[pair[i] for pair in at] for at in points] for i in (0, 1))
-                _band(panel, tokens, values, label=name, **style)
+                _band(panel, tokens, values, label=name, is_shown=len(groups) <= MOST_BANDS, **style)
         panel.set(xlabel="tokens", title=metric)
     _save(figure, list(axes[0]), path)
 
@@ -74,14 +80,16 @@ def _blocks(rows: list[dict], metric: str) -> list[tuple[float, float]]:
     ]
 
 
-def _band(axes: Any, x: list[list[float]], y: list[list[float]], *, label: str, **style: Any) -> None:
+def _band(axes: Any, x: list[list[float]], y: list[list[float]], *, label: str, is_shown: bool, **style: Any) -> None:
     """Plot means over seeds with their intervals; `x` and `y` hold a list of the seeds' values for each point."""
     places = [sum(values) / len(values) for values in x]
     means, halves = zip(*map(interval, y), strict=True)
     axes.plot(places, means, marker="." if len(places) <= SMOOTHED / 2 else None, label=label, **style)
     low = [mean - half for mean, half in zip(means, halves, strict=True)]
     high = [mean + half for mean, half in zip(means, halves, strict=True)]
-    axes.fill_between(places, low, high, alpha=0.15, linewidth=0, color=style["color"])
+    if is_shown:
+        axes.fill_between(places, low, high, alpha=0.15, linewidth=0, color=style["color"])
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _styles() -> Iterator[dict[str, Any]]:

@@ -45,9 +45,8 @@ def results(
 ) -> str:
     """Return a table with two rows for each group: the metrics before training, and after it as mean ± 95 % interval.
 
-    Where all groups start alike, one row says so. `kls` adds columns with `reward` where the KL first reaches so many
-    nats a completion, of those seeds that do.
-
+    Where all groups start alike, one row says so; runs of no steps, which evaluate a policy, have no start. `kls` adds
+    columns with `reward` where the KL first reaches so many nats a completion, of those seeds that do.
 
     Raises `ConfigError` for a metric that no run has.
     """
@@ -55,14 +54,15 @@ def results(
     for metric in metrics:
         if metric not in known:
             raise ConfigError(f"no run has the metric {metric}{nearest(metric, known)}; there are {', '.join(known)}")
-    names = [*metrics, *(f"{reward} at {kl:g} nats" for kl in kls)]
+    names = [*metrics, *(f"at {kl:g} nats" for kl in kls)]
     lines = ["| runs | seeds | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
-    starts = {name: _before(runs, metrics) + " | –" * len(kls) for name, runs in groups.items()}
+    trained = {name: runs for name, runs in groups.items() if any(run.summary.get("steps") != 0 for run in runs)}
+    starts = {name: _before(runs, metrics) + " | –" * len(kls) for name, runs in trained.items()}
     are_alike = len(set(starts.values())) == 1
     if are_alike:
         lines.append(f"| before training | | {next(iter(starts.values()))} |")
     for name, runs in groups.items():
-        if not are_alike:
+        if name in starts and not are_alike:
             lines.append(f"| {name}, before training | | {starts[name]} |")
         cells = [_cell_of([run.summary["evaluation"]["after"].get(metric) for run in runs]) for metric in metrics]
         cells += [_cell_of([at_kl(run, reward, kl) for run in runs], of=len(runs)) for kl in kls]

@@ -124,6 +124,15 @@ def test_groups_that_start_alike_share_the_row_before_training(tmp_path):
     assert lines[2:] == ["| before training | | 0.000 |", "| a | 0 | 0.500 |", "| b | 0 | 0.500 |"]
 
 
+def test_an_evaluation_alone_has_no_row_before_training(tmp_path):
+    write_run(tmp_path / "a", name="a")
+    write_run(tmp_path / "b", name="b", rewards=(0.7,))
+    file = tmp_path / "b" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": 0}))
+    lines = results(read_groups([tmp_path]), ["eval/reward"]).splitlines()
+    assert lines[2:] == ["| before training | | 0.000 |", "| a | 0 | 0.500 |", "| b | 0 | 0.700 |"]
+
+
 def test_runs_without_a_reward_stand_in_the_table_and_not_in_its_curves(tmp_path):
     write_run(tmp_path / "runs" / "a")
     write_run(tmp_path / "runs" / "b", name="supervised")
