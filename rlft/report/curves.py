@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> N
         rows = list(zip(*([row for row in run.evaluations if reward in row] for run in runs), strict=False))
         if not rows:
             continue
+        if len(rows) == 1:  # a policy that was only evaluated has no place on the left
+            rows = [tuple(row | {"num_tokens": math.nan} for row in rows[0])]
         tokens, values = ([[row.get(key, 0) for row in at] for at in rows] for key in ("num_tokens", reward))
         _band(left, tokens, values, label=name, is_shown=len(groups) <= MOST_BANDS, **style)
         if all(KL in row for at in rows for row in at):

@@ -72,10 +72,14 @@ def read_groups(paths: list[Path]) -> dict[str, list[Run]]:
 
 
 def _check_settings(run: Run, others: dict[int, Run]) -> None:
-    """Refuse a run whose settings differ from those of its group: they are not seeds of one setting."""
+    """Refuse a run whose settings differ from those of its group: they are not seeds of one setting.
+
+    A run of no steps evaluates another run's policy: its model is not a setting.
+    """
+    of_a_run = _OF_A_RUN | ({"model"} if run.summary.get("steps") == 0 else set())
     for other in others.values():
         ours, theirs = ({key: _seedless(value) for key, value in r.config.items()} for r in (run, other))
-        keys = [key for key in ours if key not in _OF_A_RUN and ours[key] != theirs.get(key)]
+        keys = [key for key in ours if key not in of_a_run and ours[key] != theirs.get(key)]
         if keys:
             raise ConfigError(
                 f"{other.directory} and {run.directory} are both named '{run.name}' and differ in {', '.join(keys)}; "

@@ -124,6 +124,16 @@ def test_groups_that_start_alike_share_the_row_before_training(tmp_path):
     assert lines[2:] == ["| before training | | 0.000 |", "| a | 0 | 0.500 |", "| b | 0 | 0.500 |"]
 
 
+def test_evaluations_of_several_policies_are_seeds_of_one(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), seed=seed, model={"path": f"runs/s{seed}"})
+    with pytest.raises(ConfigError, match="differ in model"):
+        read_groups([tmp_path])
+    for file in tmp_path.glob("*/summary.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": 0}))
+    assert len(read_groups([tmp_path])["held"]) == 2
+
+
 def test_an_evaluation_alone_has_no_row_before_training(tmp_path):
     write_run(tmp_path / "a", name="a")
     write_run(tmp_path / "b", name="b", rewards=(0.7,))
