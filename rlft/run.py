@@ -55,8 +55,13 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
             with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
                 progress.plan(_plan(config, job, run_dir))
                 trainer = build.trainer(job, config, run_dir=run_dir, progress=progress)
-                _write_config(run_dir, config)  # only now it holds a run: what could not be built leaves it free
                 trainer.resume()
+                if config.steps < trainer.state.step:
+                    raise ConfigError(
+                        f"steps={config.steps}, but the run in {run_dir} has done {trainer.state.step}: give at least "
+                        f"as many, or evaluate its policy by steps=0 model.path=… in a directory of its own"
+                    )
+                _write_config(run_dir, config)  # only now it holds a run: what could not be built leaves it free
                 resume_step = trainer.state.step if config.resume else None
                 job.tracker.start(run_dir=run_dir, config=asdict(config), name=run_dir.name, resume_step=resume_step)
                 reason = trainer.train(should_stop=lambda: bool(stop))

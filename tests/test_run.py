@@ -238,6 +238,15 @@ def test_a_resumed_run_may_be_longer_but_not_another_one(work, whole, tmp_path, 
     assert rows[: STEPS + 1] == metrics(whole) and [row["step"] for row in rows[STEPS + 1 :]] == [9, 10]
 
 
+def test_a_resumed_run_cannot_have_fewer_steps_than_it_has_done(work, whole, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    before = (run_dir / "config.yaml").read_text()
+    assert work.here(f"run_dir={run_dir}", "resume=true", "steps=0") == 2
+    assert f"steps=0, but the run in {run_dir} has done {STEPS}" in last_line(capsys.readouterr().err)
+    assert (run_dir / "config.yaml").read_text() == before
+
+
 def test_no_steps_is_an_evaluation(work, whole, tmp_path):
     run_dir = tmp_path / "run"
     assert work.here(f"run_dir={run_dir}", "steps=0", "warmup_steps=0") == 0

@@ -11,9 +11,11 @@ algorithms="grpo ppo rloo reinforce_pp_baseline dr_grpo remax dapo reinforce_pp 
 quiet="save_every=0 log_every=50 tracker=none hardware.num_threads=1"
 
 train() { # DIRECTORY SETTINGS...: prints the command of a run that is not finished
-  [ -f "$1/summary.json" ] || echo "$python train.py run_dir=$1 $quiet ${*:2}"
+  [ -f "$1/summary.json" ] && return
+  [ -f "$1/config.yaml" ] && echo "$python train.py run_dir=$1 resume=true" && return
+  echo "$python train.py run_dir=$1 $quiet ${*:2}"
 }
-at_once() { xargs -P "${JOBS:-2}" -I{} sh -c "{} > /dev/null || echo failed: {} >&2"; }
+at_once() { xargs -P "${JOBS:-2}" -I{} sh -c "{} > /dev/null || { echo failed: {} >&2; exit 1; }"; }
 
 sentiment() {
   for seed in $seeds; do

@@ -46,6 +46,15 @@ def read_weights(path: str) -> tuple[dict, dict[str, Tensor]]:
     return json.loads((directory / "config.json").read_text()), weights
 
 
+def checkpoint_config(file: Path) -> dict:
+    """Return the config in one of our checkpoints' `policy.safetensors`; one of `transformers` has a `model_type`."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return json.loads((opened.metadata() or {}).get(CONFIG_KEY, "{}"))
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
 def local_directory(path: str) -> Path:
     """Return the directory that `path` names: a package's, a local one, or the hub's, downloaded."""
     directory = Path(resolve(path))

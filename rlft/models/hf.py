@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from rlft.errors import CheckpointError, ConfigError
+from rlft.errors import CheckpointError, ConfigError, RlftError
 from rlft.models.base import Cache, CacheShape, CausalLM
-from rlft.models.files import CONFIG_KEY, local_directory
+from rlft.models.files import checkpoint_config, local_directory
 from rlft.models.scorer import Rows, predictors
 from rlft.rollout.cache import DecodeCache, PrefixCache
 
@@ -54,6 +54,8 @@ class HFCausalLM(CausalLM):
         # For its config and its way of saving; not a submodule, which would name every weight twice.
         object.__setattr__(self, "whole", model)
         _set_dropout(self.base, dropout)
+        # Sampling is rlft's: a model's own defaults of it are not kept, some of which transformers refuses to save.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
         self.vocab_size = head.weight.shape[0]
         self.context_length, num_heads = _context_length(config), config.num_attention_heads
         self.cache_shape = CacheShape(
@@ -61,7 +63,7 @@ class HFCausalLM(CausalLM):
             num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         )
-        _check(self, model)
+        _check(self, model, dropout=dropout)
 
     @classmethod
     def from_pretrained(cls, path: str, *, dropout: float = 0.0) -> HFCausalLM:
@@ -77,6 +79,12 @@ class HFCausalLM(CausalLM):
             model = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
             )
+        except RlftError:
+            raise
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{directory} holds a damaged safetensors file (a Git LFS pointer?): {error}"
+            ) from error
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             why = " ".join(str(error).split())[:300]
             raise ConfigError(f"model.path={path} cannot be loaded as a causal model: {why}") from error
@@ -137,20 +145,20 @@ class _Bridge:
 
 
 def _from_checkpoint(file: Path) -> PreTrainedModel:
-    with safe_open(file, framework="pt") as opened:
-        config = json.loads((opened.metadata() or {}).get(CONFIG_KEY, "{}"))
+    config = checkpoint_config(file)
     if "model_type" not in config:
         raise ConfigError(f"{file} is a checkpoint of another model: take model=gpt2 model.path=…")
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**config), dtype=torch.float32, attn_implementation="sdpa"
     )
     weights = load_file(file)
-    named = {"base": model.base_model, "head": model.get_output_embeddings()}
+    named = {"base": model.base_model}
+    if any(name.startswith("head.") for name in weights):  # none where the head is the token embedding
+        named["head"] = model.get_output_embeddings()
     for prefix, module in named.items():
         own = {name.removeprefix(f"{prefix}."): w for name, w in weights.items() if name.startswith(f"{prefix}.")}
         try:
-            if own:
-                module.load_state_dict(own)
+            module.load_state_dict(own)
         except RuntimeError as error:
             raise CheckpointError(f"{file} does not fit its own config: {error}") from error
     return model
@@ -165,6 +173,9 @@ def _context_length(config: PreTrainedConfig) -> int:
     unknown = types - {"full_attention", *_WINDOWS}
     if unknown:
         raise ConfigError(f"{config.model_type} cannot be used: it has layers of {', '.join(sorted(unknown))}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond it, all angles change with the longest row of a call
+        length = min(length, rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
     windows = [getattr(config, _WINDOWS[kind], None) for kind in types if kind in _WINDOWS]
     if not types and getattr(config, "use_sliding_window", True):
         windows.append(getattr(config, "sliding_window", None))
@@ -172,8 +183,8 @@ def _context_length(config: PreTrainedConfig) -> int:
 
 
 def _set_dropout(model: nn.Module, p: float) -> None:
-    """Set every dropout: the modules, and the numbers that attention layers hand to their kernel."""
-    for module in model.modules():
+    """Set every dropout: the modules, and the numbers that layers, or their config, hand to a kernel."""
+    for module in (*model.modules(), model.config):
         if isinstance(module, nn.Dropout):
             module.p = p
         for name, value in vars(module).items():
@@ -182,8 +193,8 @@ def _set_dropout(model: nn.Module, p: float) -> None:
 
 
 @torch.no_grad()
-def _check(adapter: HFCausalLM, model: PreTrainedModel) -> None:
-    """Compare the adapter with the model's own logits: in one pass, with shared prompts, and token by token."""
+def _check(adapter: HFCausalLM, model: PreTrainedModel, *, dropout: float) -> None:
+    """Compare the adapter with the model's own logits, prompts shared and token by token; it must draw no noise."""
     was_training = model.training
     model.eval()
     draws = torch.Generator().manual_seed(0)
@@ -202,12 +213,16 @@ def _check(adapter: HFCausalLM, model: PreTrainedModel) -> None:
         head, expected = adapter.head_weight.T, torch.stack(own)
         scale = expected.std()
         differences = [float(((x @ head).float() - expected).abs().max() / scale) for x in (shared, stepped)]
+        still = adapter(rows.prompt_ids)
+        is_noisy = not dropout and not torch.equal(adapter.train()(rows.prompt_ids), still)
     except (TypeError, RuntimeError, ValueError, IndexError, AttributeError, KeyError) as error:
         name = type(model).__name__
         raise ConfigError(f"{name} cannot be called as rollout and update do: {error}") from error
     finally:
-        model.train(was_training)
-    if not max(differences) < ALLOWED_DIFFERENCE:
+        adapter.train(was_training)
+    if is_noisy:
+        raise ConfigError(f"{type(model).__name__} cannot be used: it draws noise of its own while it trains")
+    if not all(difference < ALLOWED_DIFFERENCE for difference in differences):
         raise ConfigError(
             f"{type(model).__name__} cannot be used: through rlft's cache and head its logits differ from its own by "
             f"{max(differences):.1e} standard deviations (it may scale its logits, or place tokens in a way of its own)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,7 +65,9 @@ def draw_training(groups: dict[str, list[Run]], path: Path, metrics: Sequence[st
     figure, axes = plt.subplots(1, len(metrics), figsize=(4 * len(metrics), 3.2), layout="constrained", squeeze=False)
     for panel, metric in zip(axes[0], metrics, strict=True):
         for (name, runs), style in zip(groups.items(), _styles(), strict=False):
-            curves = [_blocks([row for row in run.rows if metric in row], metric) for run in runs]
+            rows = [[row for row in run.rows if metric in row] for run in runs]
+            size = max(1, round(max(map(len, rows)) / SMOOTHED))
+            curves = [_blocks(of_run, metric, size) for of_run in rows]
             points = [point for point in zip(*curves, strict=False) if point]
             if points:
                 tokens, values = ([[pair[i] for pair in at] for at in points] for i in (0, 1))
@@ -72,9 +76,8 @@ def draw_training(groups: dict[str, list[Run]], path: Path, metrics: Sequence[st
     _save(figure, list(axes[0]), path)
 
 
-def _blocks(rows: list[dict], metric: str) -> list[tuple[float, float]]:
-    """Return mean tokens and mean value of each block of rows; a row before any token stands alone."""
-    size = max(1, round(len(rows) / SMOOTHED))
+def _blocks(rows: list[dict], metric: str, size: int) -> list[tuple[float, float]]:
+    """Return mean tokens and mean value of each block of `size` rows; a row before any token stands alone."""
     first, rest = rows[:1], rows[1:]
     blocks = ([first] if first else []) + [rest[i : i + size] for i in range(0, len(rest), size)]
     return [
@@ -96,17 +99,15 @@ def _band(axes: Any, x: list[list[float]], y: list[list[float]], *, label: str, 
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    for line in STYLES:
-        for colour in range(10):
-            yield {"color": f"C{colour}", "linestyle": line}
+    return itertools.cycle({"color": f"C{colour}", "linestyle": line} for line in STYLES for colour in range(10))
 
 
 def _save(figure: Any, panels: list[Any], path: Path) -> None:
-    handles, labels = panels[0].get_legend_handles_labels()
-    if len(labels) <= 5:
-        panels[0].legend(fontsize="small")
-    else:
-        figure.legend(handles, labels, fontsize="small", loc="outside right upper")
+    named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    where = (
+        panels[0].legend if len(named) <= MOST_BANDS else functools.partial(figure.legend, loc="outside right upper")
+    )
+    where(named.values(), named.keys(), fontsize="small")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

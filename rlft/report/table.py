@@ -72,7 +72,7 @@ def results(
 
 def _before(runs: list[Run], metrics: Sequence[str]) -> str:
     starts = [run.summary["evaluation"]["before"] for run in runs]
-    return " | ".join(_number(interval([start.get(metric, math.nan) for start in starts])[0]) for metric in metrics)
+    return " | ".join(_number(statistics.fmean(start.get(metric, math.nan) for start in starts)) for metric in metrics)
 
 
 def _cell_of(values: Sequence[float | None], *, of: int = 0) -> str:

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from rlft.errors import CheckpointError, ConfigError, RewardError, nearest
+from rlft.models.base import CausalLM
+from rlft.models.files import checkpoint_config
 from rlft.models.gpt2 import GPT2
+from rlft.models.hf import HFCausalLM
 from rlft.text.huggingface import huggingface
 from rlft.trainer.batch import pad
 from rlft.trainer.checkpoint import verify
@@ -59,7 +62,9 @@ class RewardModel:
             raise ConfigError(f"{_KEY}.label={label}: {path} is a model of pairs, which has no classes: set it to null")
         self.index = 0 if self.reads_pairs else _index(str(label), state["classes"])
         self.tokenizer = huggingface(str(directory.parents[1] / "model"))
-        self.trunk = GPT2.from_pretrained(str(directory)).eval().requires_grad_(False)
+        is_hf = "model_type" in checkpoint_config(directory / "policy.safetensors")
+        trunk: CausalLM = (HFCausalLM if is_hf else GPT2).from_pretrained(str(directory))
+        self.trunk = trunk.eval().requires_grad_(False)
         head = load_file(directory / "head.safetensors")
         self.weight, self.bias = head["linear.weight"].float(), head["linear.bias"].float()  # [K, C], [K]
 

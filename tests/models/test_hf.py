@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlft.errors import CheckpointError, ConfigError
@@ -111,13 +113,48 @@ def test_a_window_is_the_context(model):
             ),
             "cannot",
         ),
+        (
+            transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2, router_jitter_noise=0.1),
+            "draws noise of its own",
+        ),
     ],
-    ids=["no attention", "a bias", "scaled logits", "alibi"],
+    ids=["no attention", "a bias", "scaled logits", "alibi", "noise"],
 )
 def test_what_cannot_be_called_as_rollout_does_is_refused(config, message):
     torch.manual_seed(0)
     with pytest.raises(ConfigError, match=message):
         HFCausalLM(AutoModelForCausalLM.from_config(config))
+
+
+def test_angles_that_change_with_the_longest_row_end_the_context():
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0], "rope_theta": 1e4}
+    sizes = SIZES | {"max_position_embeddings": 64, "pad_token_id": 0}
+    config = transformers.Phi3Config(**sizes, original_max_position_embeddings=16, rope_parameters=rope)
+    torch.manual_seed(0)
+    assert HFCausalLM(AutoModelForCausalLM.from_config(config)).context_length == 16
+
+
+def test_sampling_defaults_that_transformers_refuses_do_not_stop_an_export(tmp_path):
+    model = theirs()
+    model.generation_config.temperature = 0.6  # without do_sample, as some published directories have it
+    with pytest.raises(ValueError, match="temperature"):
+        model.save_pretrained(tmp_path / "theirs")
+    HFCausalLM(model).save_hf(tmp_path / "ours", eos_id=11)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").generation_config.eos_token_id == 11
+
+
+def test_a_checkpoint_without_the_layers_is_refused_and_so_is_a_damaged_file(tmp_path):
+    policy, optimizer = HFCausalLM(theirs()), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    saved = Checkpoints(tmp_path, keep=1).save(1, policy, optimizer, {}, best_step=None)
+    file = saved / "policy.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata, head = opened.metadata(), {"head.weight": opened.get_tensor("head.weight")}
+    save_file(head, file, metadata=metadata)
+    with pytest.raises(CheckpointError, match="does not fit its own config"):
+        HFCausalLM.from_pretrained(str(saved))
+    file.write_bytes(b"version https://git-lfs")
+    with pytest.raises(CheckpointError, match="damaged"):
+        HFCausalLM.from_pretrained(str(saved))
 
 
 def test_checkpoint_and_export_hold_the_same_model(model, tmp_path):

@@ -145,9 +145,10 @@ def test_an_evaluation_alone_has_no_row_before_training(tmp_path):
 
 def test_runs_without_a_reward_stand_in_the_table_and_not_in_its_curves(tmp_path):
     write_run(tmp_path / "runs" / "a")
-    write_run(tmp_path / "runs" / "b", name="supervised")
-    file = tmp_path / "runs" / "b" / "metrics.jsonl"
-    file.write_text(file.read_text().replace("eval/reward", "eval/loss"))
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / f"b{seed}", name="supervised", seed=seed)
+        for file in (tmp_path / "runs" / f"b{seed}").glob("*.json*"):
+            file.write_text(file.read_text().replace("eval/reward", "eval/loss"))
     assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--at-kl", "1"]) == 0
     lines = (tmp_path / "out" / "results.md").read_text().splitlines()
     assert next(line for line in lines if line.startswith("| supervised |")).endswith("| – |")
