@@ -126,10 +126,18 @@ def row(rounds: list[tuple[dict, dict]], warmup: int) -> dict:
     }  # fmt: skip
 
 
+def provenance(one: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items() if version)
+    return (
+        f"{one['date']}; {one['steps']} steps after {one['warmup']} of warm-up a round; {one['machine']}, "
+        f"{one['threads']} threads, float32; {versions}"
+    )
+
+
 def rendered(results: dict) -> str:
     lines = [
-        "| work | peer, s | rlft, s | ratio | of each round | peak memory, peer and rlft |",
-        "|---|---|---|---|---|---|",
+        "| work | peer, s | rlft, s | ratio | of each round | peak memory, peer and rlft | measured |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, one in results.items():
         (low, high), (our_low, our_high) = one["peer_range"], one["ours_range"]
@@ -137,13 +145,9 @@ def rendered(results: dict) -> str:
         memory = ", ".join(f"{gb:.2f}" for gb in one["rss_gb"])
         lines.append(
             f"| {name} | {one['peer_s']:.3g} ({low:.3g} to {high:.3g}) | {one['ours_s']:.3g} ({our_low:.3g} to "
-            f"{our_high:.3g}) | **{one['ratio']:.2f}x** | {rounds} | {memory} GiB |"
+            f"{our_high:.3g}) | **{one['ratio']:.2f}x** | {rounds} | {memory} GiB | {provenance(one)} |"
         )
-    newest = list(results.values())[-1]
-    versions = ", ".join(f"{name} {version}" for name, version in newest["versions"].items() if version)
-    lines += ["", f"Medians (range) over {newest['steps']} steps after {newest['warmup']} of warm-up in each round; "
-              f"{newest['machine']}, {newest['threads']} threads, float32; {versions}; {newest['date']}."]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "Seconds a step: median (range)."]) + "\n"
 
 
 if __name__ == "__main__":
