@@ -105,6 +105,8 @@ def checked(config: DictConfig) -> RootConfig:
             raise ConfigError(
                 f"unknown setting '{key}'{nearest(str(key), known)}; conf/train.yaml lists the root settings"
             )
+    for key in missing_keys(OmegaConf.to_container(config, resolve=False)):
+        raise ConfigError(f"{key} is not set, and has no default: give {key}=…")
     try:
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         root = {k: v for k, v in values.items() if k not in GIVEN}
@@ -120,6 +122,15 @@ def checked(config: DictConfig) -> RootConfig:
     for group, node in groups.items():
         _check_group(group, node)
     return RootConfig(**(typed | groups | {"betas": tuple(typed["betas"])}))
+
+
+def missing_keys(node: Any, prefix: str = "") -> list[str]:
+    """Return the keys that are left open, as ???, in an unresolved configuration."""
+    if node == "???":
+        return [prefix]
+    if not isinstance(node, dict):
+        return []
+    return [key for name, part in node.items() for key in missing_keys(part, f"{prefix}.{name}" if prefix else name)]
 
 
 def composition_error(error: Exception) -> ConfigError:

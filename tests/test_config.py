@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rlft.config import RootConfig, RootSettings, checked
+from rlft.config import RootConfig, RootSettings, checked, missing_keys
 from rlft.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,7 @@ CHOICES = [name for name in FILES if name not in EXPERIMENTS]
 # What files leave open, as ???, for the person who chooses them.
 VALUES = {
     "data.source.path": "a.jsonl",
+    "model.path": "gpt2",
     "reference.path": "gpt2",
     "reward.custom.function": "package.module:name",
     "reward.keyword.keywords": "[great]",
@@ -76,7 +77,7 @@ def choice(file: str) -> str:
 
 def left_open(file: str) -> dict[str, str]:
     """The overrides that fill in what a file leaves open, by key."""
-    missing = OmegaConf.missing_keys(composed(choice(file))) if ": ???" in text_of(file) else ()
+    missing = missing_keys(OmegaConf.to_container(composed(choice(file)))) if ": ???" in text_of(file) else ()
     return {key: f"{key}={VALUES[key]}" for key in sorted(missing)}
 
 
@@ -109,7 +110,7 @@ def test_every_file_of_every_group_composes_with_the_defaults_and_passes(file):
 
 @pytest.mark.parametrize("file", EXPERIMENTS)
 def test_every_experiment_composes_and_passes(file):
-    assert config(choice(file)).steps > 0
+    assert config(choice(file), *left_open(file).values()).steps > 0
 
 
 @pytest.mark.parametrize("file", [file for file in CHOICES if ": ???" in text_of(file)])
@@ -117,7 +118,7 @@ def test_what_a_file_leaves_open_is_asked_for_by_name(file):
     values = left_open(file)
     assert len(values) == text_of(file).count(": ???")
     for key in values:
-        with pytest.raises(ConfigError, match=f"full_key: {re.escape(key)} "):
+        with pytest.raises(ConfigError, match=f"^{re.escape(key)} is not set, and has no default: give"):
             config(choice(file), *(value for other, value in values.items() if other != key))
 
 
@@ -253,7 +254,7 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(override, allowed)
         ("~algo.kl._target_", "algo.kl has no _target_: choose one of the files under conf/algo/"),
         ("~algo.entropy_coef", "algo.entropy_coef is not set, and has no default"),
         ("~data.source", "data.source is not set, and has no default"),
-        ("data=jsonl", "full_key: data.source.path"),
+        ("data=jsonl", "data.source.path is not set, and has no default: give data.source.path="),
     ],
 )
 def test_an_unknown_choice_or_a_pair_that_makes_no_sense_or_a_missing_setting_is_refused(override, message):
