@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rlft", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser(
-        "verify", help="every algorithm against exact answers, on tasks that can be enumerated: two minutes on one core"
+        "verify", help="every algorithm against exact answers, on tasks that can be enumerated: 3 minutes on one core"
     )
     verify.add_argument(
         "--out", type=Path, default=Path("outputs/verify"), help="directory of verify.md, verify.json, frontier.png"
