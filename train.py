@@ -15,6 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from rlft.memory import restart_with_huge_pages
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> None:
@@ -79,4 +81,5 @@ def command_line() -> int:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     raise SystemExit(command_line())

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from rlft import build
 from rlft.config import checked
+from rlft.memory import restart_with_huge_pages
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
 from rlft.trainer.progress import Progress
@@ -134,4 +135,5 @@ def generation(args: argparse.Namespace, job: Any) -> tuple[list[float], dict[st
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

@@ -29,8 +29,9 @@ from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer
 from rlft.trainer.metrics import Clock
 from rlft.trainer.progress import Progress
+from rlft.trainer.settings import TrainSettings
 from rlft.trainer.trackers import Tracker
-from rlft.trainer.trainer import Trainer, TrainSettings
+from rlft.trainer.trainer import Trainer
 
 CONF = Path(__file__).parents[1] / "conf"  # beside the package in a checkout; an installed package has none
 
@@ -64,7 +65,7 @@ def build(config: RootConfig) -> Job:
     data = _instantiate(config.data, tokenizer=tokenizer)
     wanted = inspect.signature(make_algorithm.func).parameters
     rewards = _rewards(config.reward) if "rewards" in wanted else None
-    clock = Clock()
+    clock = Clock(accelerator.device)
     policy = _instantiate(model_node).to(accelerator.device)
     if tokenizer.vocab_size > policy.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {policy.vocab_size}")
@@ -72,7 +73,9 @@ def build(config: RootConfig) -> Job:
         "policy": policy,
         "data": data,
         "tokenizer": tokenizer,
-        "sampling": Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature),
+        "sampling": Sampling(
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, max_rows=config.rollout_rows
+        ),
         "seed": config.seed,
         "device": accelerator.device,
         "autocast": accelerator.autocast,

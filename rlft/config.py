@@ -43,6 +43,7 @@ class RootSettings:
     group_size: int
     micro_batch: int | None
     micro_batch_tokens: int | None
+    rollout_rows: int | None
     max_new_tokens: int
     temperature: float
     learning_rate: float
@@ -57,6 +58,7 @@ class RootSettings:
     save_every: int
     keep: int
     log_every: int
+    profile: bool
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ NODE = object()  # stands for the type of what is made from a node with a _targe
 READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 _AT_LEAST_ONE = ("prompts_per_step", "group_size", "max_new_tokens", "eval_prompts", "keep", "log_every",
-                 "micro_batch", "micro_batch_tokens", "max_tokens", "patience")  # fmt: skip
+                 "micro_batch", "micro_batch_tokens", "rollout_rows", "max_tokens", "patience")  # fmt: skip
 _AT_LEAST_ZERO = ("seed", "steps", "warmup_steps", "eval_every", "save_every", "weight_decay",
                   "final_learning_rate_fraction")  # fmt: skip
 _ABOVE_ZERO = ("temperature", "learning_rate", "max_grad_norm", "max_minutes")

@@ -24,7 +24,8 @@ from rlft.rewards.compose import RewardSum
 from rlft.rollout.sampling import Sampling
 from rlft.text.characters import characters
 from rlft.trainer.metrics import Clock
-from rlft.trainer.trainer import Trainer, TrainSettings
+from rlft.trainer.settings import TrainSettings
+from rlft.trainer.trainer import Trainer
 from rlft.verify.tasks import ExactRewards
 
 CONF = build.CONF
@@ -156,7 +157,7 @@ def trainer(policy: CausalLM, algorithm: Any, run_dir: Path, **changes: Any) -> 
         "seed": 0, "steps": 4, "max_minutes": None, "max_tokens": None, "micro_batch": None,
         "micro_batch_tokens": None, "learning_rate": 1e-2, "final_learning_rate_fraction": 0.0, "warmup_steps": 0,
         "schedule": "constant", "max_grad_norm": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.99), "eval_every": 0,
-        "patience": None, "save_every": 0, "keep": 2, "log_every": 1,
+        "patience": None, "save_every": 0, "keep": 2, "log_every": 1, "profile": False,
     }  # fmt: skip
     silent: Any = Silent()
     return Trainer(
@@ -168,5 +169,10 @@ def trainer(policy: CausalLM, algorithm: Any, run_dir: Path, **changes: Any) -> 
 def rows_of(path: Path, *, times: bool = False) -> list[dict]:
     """The rows of a JSONL file, without what is measured by a clock."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    clocked = ("wall_time", "step_time", "tokens_per_second")
-    return [{k: v for k, v in r.items() if times or (k not in clocked and not k.startswith("time/"))} for r in rows]
+    return [{k: v for k, v in r.items() if times or not is_measured(k)} for r in rows]
+
+
+def is_measured(name: str) -> bool:
+    """Whether a metric comes from a clock or the operating system; all others are the same in two runs of one seed."""
+    clocked = ("wall_time", "step_time", "tokens_per_second", "efficiency/update_mfu", "memory/peak_gib")
+    return name in clocked or name.startswith("time/")

@@ -229,7 +229,7 @@ def test_a_whole_number_passes_for_a_float_and_an_optional_one_may_be_given(over
 @pytest.mark.parametrize(
     "override, allowed",
     [(f"{key}=0", "at least 1") for key in ("prompts_per_step", "group_size", "max_new_tokens", "eval_prompts",
-     "keep", "log_every", "micro_batch", "micro_batch_tokens", "max_tokens", "patience")]
+     "keep", "log_every", "micro_batch", "micro_batch_tokens", "rollout_rows", "max_tokens", "patience")]
     + [(f"{key}=-1", "at least 0") for key in ("seed", "steps", "warmup_steps", "eval_every", "save_every",
        "weight_decay", "final_learning_rate_fraction")]
     + [(f"{key}=0", "above 0") for key in ("temperature", "learning_rate", "max_grad_norm", "max_minutes")]

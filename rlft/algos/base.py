@@ -63,6 +63,10 @@ class Algorithm(ABC):
         """Return what optimizer step `update` on this batch trains on; None passes the step over."""
         return batch
 
+    def needed(self, batch: Batch) -> Batch:
+        """Return the rows that have a part in the loss's gradient; denominators stay those of the whole batch."""
+        return batch
+
     def state_dict(self) -> dict:
         """Return what changes during a run beside weights and optimizer, as JSON values."""
         return {}

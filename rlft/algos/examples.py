@@ -14,7 +14,8 @@ from rlft.algos.base import Algorithm, Evaluation, Totals
 from rlft.data.completions import Example, ExampleData
 from rlft.errors import ConfigError, DataError
 from rlft.models.base import CausalLM
-from rlft.models.scorer import Rows, Scorer
+from rlft.models.rows import Rows
+from rlft.models.scorer import Scorer
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer

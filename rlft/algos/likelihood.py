@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rlft.models.base import CausalLM
-from rlft.models.scorer import Rows, Scorer
+from rlft.models.rows import Rows
+from rlft.models.scorer import Scorer
 
 EVAL_ROWS = 32  # rows in one forward of an evaluation
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,10 +25,10 @@ from rlft.algos.rollouts import Rollouts, Sampled
 from rlft.algos.scoring import add_rollout, sample_rows
 from rlft.counted import order
 from rlft.data.prompts import PromptData
+from rlft.functional import surrogates
 from rlft.functional.advantages import whiten
 from rlft.functional.aggregation import token_mean
 from rlft.functional.kl import k3
-from rlft.functional.surrogates import value_clipped
 from rlft.models.base import CausalLM
 from rlft.models.heads import Head
 from rlft.models.scorer import Scorer, Scores
@@ -112,9 +113,7 @@ class PolicyGradient(Algorithm):
         min_new_tokens: int = 0,
         allow_bent_sampling: bool = False,
     ) -> None:
-        self.sampling = Sampling(
-            sampling.max_new_tokens, sampling.temperature, top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens
-        )
+        self.sampling = replace(sampling, top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens)
         self.check(
             has_reference=reference is not None, world_size=world_size, advantage=advantage, surrogate=surrogate,
             aggregation=aggregation, kl=kl, critic=critic, prompts_per_step=prompts_per_step, group_size=group_size,
@@ -186,6 +185,15 @@ class PolicyGradient(Algorithm):
         start = (self._batch_index * self.epochs + epoch) * batch.num_rows + part * size
         rows = order(batch.num_rows, seed=self.seed, start=start, count=size)
         return batch.select(torch.as_tensor(rows, device=self.device).sort().values)
+
+    def needed(self, batch: Batch) -> Batch:
+        """Leave out the rows whose advantages are all zero, where the surrogate is the whole loss: 0 times anything."""
+        is_ours = getattr(self.surrogate, "func", self.surrogate).__module__ == surrogates.__name__
+        if not is_ours or self.reference is not None or self.head is not None or self.entropy_coef_now:
+            return batch
+        has_part = batch.values["advantages"].ne(0).any(dim=1)
+        has_part[0] |= not bool(has_part.any())  # a step with no gradient at all is still a step
+        return batch if bool(has_part.all()) else batch.select(has_part.nonzero()[:, 0])
 
     def loss(self, scorer: Scorer, batch: Batch, totals: Totals, means: Means, *, update: int) -> Tensor:
         """Return aggregation(surrogate + kl_coef kl - entropy_coef entropy) + value_coef value loss."""
@@ -280,7 +288,9 @@ class PolicyGradient(Algorithm):
         if scores.values is None:
             return scores.logprobs.new_zeros(())
         has_return = values["has_return"]
-        error, statistics = value_clipped(scores.values, values["old_values"], values["returns"], clip=self.value_clip)
+        error, statistics = surrogates.value_clipped(
+            scores.values, values["old_values"], values["returns"], clip=self.value_clip
+        )
         means.add("loss/value", error, has_return)
         means.add("val/mean", values["old_values"], mask)
         for name, statistic in statistics.items():

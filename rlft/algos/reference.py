@@ -14,7 +14,8 @@ from rlft.algos.scoring import exact_token_kl, frozen_scores
 from rlft.functional.logprobs import token_logprobs
 from rlft.models.base import CausalLM
 from rlft.models.heads import Head
-from rlft.models.scorer import Rows, Scores, scatter
+from rlft.models.rows import Rows
+from rlft.models.scorer import Scores, scatter
 from rlft.rollout.engine import Rollout
 from rlft.rollout.sampling import Sampling
 from rlft.trainer.batch import Batch, pad

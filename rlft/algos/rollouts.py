@@ -102,8 +102,7 @@ class Rollouts(Stateful):
         if not needs_greedy:
             return sampled
         greedy = replace(self.sampling, greedy=True, top_k=0, top_p=1.0)
-        with self.clock("rollout"):
-            rollout = self._generate(sampled.prompts, group_size=1, sampling=greedy, step=batch_index)
+        rollout = self._generate(sampled.prompts, group_size=1, sampling=greedy, step=batch_index)
         with self.clock("reward"):
             scored = score(self.rewards, self.tokenizer, sampled.prompts, rollout)
         return replace(sampled, greedy_rewards=scored.total.repeat_interleave(self.group_size))
@@ -124,8 +123,7 @@ class Rollouts(Stateful):
     def _draw(self, index: int) -> Sampled:
         prompts = self.data.batch(index, size=self.prompts_per_step, seed=self.seed)
         prompts = prompts[self.rank * self.share : (self.rank + 1) * self.share]
-        with self.clock("rollout"):
-            rollout = self._generate(prompts, group_size=self.group_size, sampling=self.sampling, step=index)
+        rollout = self._generate(prompts, group_size=self.group_size, sampling=self.sampling, step=index)
         sampled = Sampled(prompts, rollout, RewardOutput(torch.empty(0), {}), self.group_size)
         with self.clock("reward"):
             return replace(sampled, scored=score(self.rewards, self.tokenizer, sampled.prompt_of_row, rollout))
@@ -166,7 +164,7 @@ class Rollouts(Stateful):
             return generate(
                 self.policy, [p.ids for p in prompts], group_size=group_size, sampling=sampling,
                 eos_id=self.tokenizer.eos_id, seed=self.seed, step=step, first_prompt=self.rank * self.share,
-                device=self.device,
+                device=self.device, clock=self.clock,
             )  # fmt: skip
 
 

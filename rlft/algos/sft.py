@@ -19,7 +19,8 @@ from rlft.data.text import TextData
 from rlft.errors import ConfigError
 from rlft.functional.aggregation import token_mean
 from rlft.models.base import CausalLM
-from rlft.models.scorer import Rows, Scorer
+from rlft.models.rows import Rows
+from rlft.models.scorer import Scorer
 from rlft.rollout.engine import Sampling, generate
 from rlft.text.tokenizer import Tokenizer
 from rlft.trainer.batch import Batch

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 
 class Cache(Protocol):
-    """Keys and values of earlier tokens, as a model's attention layers meet them (`rlft/rollout/cache.py`)."""
+    """Keys and values of other tokens, as a model's attention layers meet them (`rlft/rollout/cache.py`).
+
+    A model of ours leaves attention to `attend`; one of another library asks for all keys and values by `extend`, and
+    for what may be seen of them by `mask`.
+    """
 
     used: int  # slots that earlier tokens fill, gaps among them; the same in every row
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:
+        """Take a layer's new queries, keys and values `[B, H, num_new, D]`; return what attention gives, likewise."""
 
     def mask(self, num_new: int) -> Tensor | None:
         """Return what `num_new` new tokens may attend to: bool `[B or 1, 1, num_new, slots]`, True where they may.
@@ -45,6 +52,7 @@ class CausalLM(nn.Module, ABC):
     vocab_size: int
     context_length: int  # the largest number of positions, prompt and completion together
     cache_shape: CacheShape
+    takes_packed: bool = False  # whether attention is left to the cache, so that rows can be forwarded without padding
     mask_id: int | None = None  # stands for a hidden token where attention goes both ways; None: it is causal
 
     @abstractmethod

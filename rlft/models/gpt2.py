@@ -66,14 +66,14 @@ class Attention(nn.Module):
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
         self.is_causal = config.is_causal
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        is_causal = self.is_causal and mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.is_causal and T > 1)
+        else:
+            y = cache.attend(self.layer, q, k, v, dropout=dropout)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -98,8 +98,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -110,6 +110,8 @@ class GPT2(CausalLM):
     with next to no effect. A bidirectional one, which knows a hidden token's surroundings by attention alone, then
     stays at the frequencies of tokens for long; 1 / sqrt(n_embd) mends it.
     """
+
+    takes_packed = True
 
     def __init__(self, config: GPT2Config, *, seed: int = 0, initializer_range: float = 0.02) -> None:
         super().__init__()
@@ -173,9 +175,8 @@ class GPT2(CausalLM):
                 raise ValueError(f"{T} tokens do not fit the model's {self.context_length} positions")
             positions = torch.arange(T, device=input_ids.device)[None]
         x = F.dropout(self.wte(input_ids) + self.wpe(positions), self.config.dropout, self.training)
-        mask = cache.mask(T) if cache is not None else None
         for block in self.h:
-            x = block(x, mask, cache)
+            x = block(x, cache)
         return self.ln_f(x)
 
     def config_dict(self) -> dict:

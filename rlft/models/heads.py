@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor, nn
 
 from rlft.models.base import CausalLM
-from rlft.models.scorer import Rows, predictors
+from rlft.models.rows import Rows, predictors
 
 
 class Head(nn.Module, ABC):
@@ -43,7 +43,7 @@ class Critic(Head):
         self.trunk, self.linear, self.lr_scale = copy.deepcopy(policy), _zero_linear(policy), lr_scale
 
     def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
-        return self.linear(predictors(self.trunk, rows)[rows.completion_mask])[:, 0]
+        return self.linear(predictors(self.trunk, rows))[:, 0]
 
 
 class ScoreHead(Head):

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from rlft.errors import CheckpointError, ConfigError, RlftError
 from rlft.models.base import Cache, CacheShape, CausalLM
 from rlft.models.files import checkpoint_config, local_directory
-from rlft.models.scorer import Rows, predictors
+from rlft.models.rows import Rows, predictors
 from rlft.rollout.cache import DecodeCache, PrefixCache
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "architectures")  # say nothing of the architecture
@@ -208,7 +208,7 @@ def _check(adapter: HFCausalLM, model: PreTrainedModel, *, dropout: float) -> No
             prompt = rows.prompt_ids[prompt_of_row[row], : lengths[prompt_of_row[row]]]
             whole = torch.cat([prompt, rows.completion_ids[row]])[None]
             own.append(model(whole, use_cache=False).logits[0, len(prompt) - 1 : -1].float())
-        shared = predictors(adapter, rows)
+        shared = predictors(adapter, rows).view(4, 3, -1)
         stepped = _stepped(adapter, rows)
         head, expected = adapter.head_weight.T, torch.stack(own)
         scale = expected.std()

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from rlft.models.base import CausalLM
-from rlft.models.scorer import Rows
+from rlft.models.rows import Rows, prefill
 from rlft.rollout.cache import DecodeCache, PrefixCache
 from rlft.rollout.sampling import Sampling, filtered, sample, uniforms
+from rlft.rollout.shared import SharedDecodeCache
 from rlft.trainer.batch import pad
+from rlft.trainer.metrics import Clock
 
+CHECK_EVERY = 8  # steps between two looks at which rows ended, on a GPU, which each look waits for
 KEEP_FRACTION = 0.75  # rows are compacted when fewer than this share of those in the cache still decode
 
 
@@ -79,26 +82,25 @@ def generate(
     stream: str = "rollout",
     first_prompt: int = 0,
     device: torch.device | None = None,
+    clock: Clock | None = None,
 ) -> Rollout:
     """Draw `group_size` completions for each prompt (lists of ids, none empty).
 
     A sample's identity is (seed, stream, step, first_prompt + its prompt's index, member of the group): the tokens do
     not depend on what else is in the batch. A row whose prompt leaves fewer than `max_new_tokens` positions stops at
-    the context's end, with finish reason "length". Raises `ValueError` for an empty prompt or one that fills the
-    context.
+    the context's end, with finish reason "length". At most `sampling.max_rows` rows decode at once, where that is
+    given, and others join as those end: a rollout of any size fits. `clock` takes the seconds of "prefill" and
+    "decode".
+
+    Raises `ValueError` for an empty prompt or one that fills the context.
     """
     _check_prompts(prompts, policy.context_length)
-    device = device or policy.head_weight.device
+    device, clock = device or policy.head_weight.device, clock or Clock()
     prompt_ids, prompt_mask = pad(prompts, device=device)
     lengths = prompt_mask.sum(dim=1)
     prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
     room = policy.context_length - lengths[prompt_of_row]  # [B] new tokens that have a position
     max_new = min(sampling.max_new_tokens, int(room.max()))
-    was_training = policy.training
-    policy.eval()
-    prefix = PrefixCache(lengths)
-    hidden = policy(prompt_ids, cache=prefix)
-    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1].index_select(0, prompt_of_row)
     draws = None
     if not sampling.greedy:
         numbers = [first_prompt + p for p in range(len(prompts)) for _ in range(group_size)]
@@ -106,66 +108,171 @@ def generate(
         draws = torch.from_numpy(
             uniforms(seed=seed, stream=stream, step=step, prompts=numbers, members=members, num_tokens=max_new)
         ).to(device)
-    cache = None  # one new token follows from the prompt alone
-    if max_new > 1:
-        cache = DecodeCache(prefix, prompt_of_row, max_new_tokens=max_new, shape=policy.cache_shape)
-    ids, logprobs, num_tokens, stopped = _decode(
-        policy, hidden, cache, lengths[prompt_of_row], room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id
-    )
+    was_training = policy.training
+    policy.eval()
+    table = _Table(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
+    queue = _Queue(len(prompts), group_size=group_size, max_rows=sampling.max_rows)
+    active: _Active | None = None
+    while (units := queue.take(0 if active is None else len(active.rows))) or active is not None:
+        if units:
+            with clock("prefill"):
+                started = _start(policy, prompt_ids, lengths, units, group_size=group_size, max_new=max_new)
+                active = started if active is None else active.joined(started)
+        with clock("decode"):
+            assert active is not None
+            active = _decode(policy, active, table, until_free=queue.wanted)
     policy.train(was_training)
-    width = int(num_tokens.max())
-    mask = torch.arange(width, device=device)[None] < num_tokens[:, None]
-    rows = Rows(prompt_ids, lengths, prompt_of_row, ids[:, :width].contiguous(), mask)
-    return Rollout(rows, logprobs[:, :width].contiguous(), ["stop" if s else "length" for s in stopped.tolist()])
+    width = int(table.counts.max())
+    mask = torch.arange(width, device=device)[None] < table.counts[:, None]
+    rows = Rows(prompt_ids, lengths, prompt_of_row, table.ids[:, :width].contiguous(), mask)
+    reasons = ["stop" if stopped else "length" for stopped in table.stopped.tolist()]
+    return Rollout(rows, table.logprobs[:, :width].contiguous(), reasons)
 
 
-def _decode(
-    policy: CausalLM,
-    hidden: Tensor,  # [B, C] that predicts the first new token
-    cache: DecodeCache | None,
-    positions: Tensor,  # [B] of the first new token
-    room: Tensor,  # [B]
-    draws: Tensor | None,  # [B, max_new] float64
-    *,
-    max_new: int,
-    sampling: Sampling,
-    eos_id: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ids and logprobs `[B, max_new]` (0 after a row's end), token counts `[B]`, and who drew the end token."""
-    num_rows, device = len(hidden), hidden.device
-    ids = torch.zeros(num_rows, max_new, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(num_rows, max_new, dtype=torch.promote_types(hidden.dtype, torch.float32), device=device)
-    counts = torch.zeros(num_rows, dtype=torch.int64, device=device)
-    stopped = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    cached = torch.arange(num_rows, device=device)  # the rows that the cache holds, finished ones among them
-    for t in range(max_new):
-        logits = (hidden @ policy.head_weight.to(hidden.dtype).t()) / sampling.temperature
-        token, logprob = _choose(logits, draws[cached, t] if draws is not None else None, t, sampling, eos_id)
-        is_open = ~stopped[cached] & (room[cached] > t)
-        ids[cached, t] = torch.where(is_open, token, 0)
-        logprobs[cached, t] = torch.where(is_open, logprob, 0.0)
-        counts[cached] += is_open
-        if eos_id is not None:
-            stopped[cached] |= is_open & (token == eos_id)
-        left = ~stopped[cached] & (room[cached] > t + 1)
-        num_left = int(left.sum())
-        if num_left == 0 or t + 1 == max_new or cache is None:
+class _Table:
+    """What B rows have drawn so far. The last column of `ids` and `logprobs` takes what finished rows go on drawing."""
+
+    def __init__(
+        self,
+        room: Tensor,
+        draws: Tensor | None,
+        *,
+        max_new: int,
+        sampling: Sampling,
+        eos_id: int | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.draws, self.max_new, self.sampling, self.eos_id = draws, max_new, sampling, eos_id
+        self.limit = room.clamp(max=max_new)  # [B] tokens that a row may have
+        self.ends_early = eos_id is not None or bool((room < max_new).any())
+        self.ids = room.new_zeros(len(room), max_new + 1)
+        self.logprobs = torch.zeros(
+            len(room), max_new + 1, dtype=torch.promote_types(dtype, torch.float32), device=room.device
+        )
+        self.counts = torch.zeros_like(room)
+        self.stopped = torch.zeros_like(room, dtype=torch.bool)
+
+    def draw(self, logits: Tensor, rows: Tensor, done: Tensor) -> Tensor:
+        """Draw the next tokens [A] of `rows` [A], which have `done` [A] tokens, from logits [A, V]."""
+        place = done.clamp(max=self.max_new - 1)
+        uniform = None if self.draws is None else self.draws[rows, place]
+        token, logprob = _choose(logits, uniform, done, self.sampling, self.eos_id)
+        is_open = self.is_open(rows, done)
+        place = torch.where(is_open, done, self.max_new)
+        self.ids[rows, place] = token
+        self.logprobs[rows, place] = logprob
+        self.counts[rows] += is_open
+        if self.eos_id is not None:
+            self.stopped[rows] |= is_open & (token == self.eos_id)
+        return token
+
+    def is_open(self, rows: Tensor, done: Tensor) -> Tensor:
+        return ~self.stopped[rows] & (done < self.limit[rows])
+
+
+class _Queue:
+    """The rows that have not begun, in units that begin together: a prompt's group, or `max_rows` of a larger one."""
+
+    def __init__(self, num_prompts: int, *, group_size: int, max_rows: int | None) -> None:
+        self.max_rows = num_prompts * group_size if max_rows is None else max_rows
+        size = min(group_size, self.max_rows)
+        self.units = [
+            range(first + i, first + min(i + size, group_size))
+            for first in range(0, num_prompts * group_size, group_size)
+            for i in range(0, group_size, size)
+        ]
+
+    def take(self, num_active: int) -> list[range]:
+        """Return the units that fit beside so many rows, and forget them."""
+        number = 0
+        while number < len(self.units) and num_active + len(self.units[number]) <= self.max_rows:
+            num_active += len(self.units[number])
+            number += 1
+        taken, self.units = self.units[:number], self.units[number:]
+        return taken
+
+    @property
+    def wanted(self) -> int:
+        """Rows that must have ended before others join; 0 where none wait."""
+        return max(len(self.units[0]), int(self.max_rows * (1 - KEEP_FRACTION))) if self.units else 0
+
+
+@dataclass
+class _Active:
+    """A rows that decode together."""
+
+    rows: Tensor  # [A] their numbers
+    done: Tensor  # [A] tokens that each has drawn
+    position: Tensor  # [A] of each one's next token
+    hidden: Tensor  # [A, C] that predicts it
+    cache: DecodeCache | SharedDecodeCache | None  # None where one new token is all: it follows from the prompt alone
+    prefix: PrefixCache
+    prompt_of_row: Tensor  # [A] in `prefix`
+    is_mixed: bool = False  # whether some joined later than others
+
+    def joined(self, other: _Active) -> _Active:
+        assert self.cache is not None
+        self.cache.join(other.prefix, other.prompt_of_row)
+        rows, done = torch.cat([self.rows, other.rows]), torch.cat([self.done, other.done])
+        position, hidden = torch.cat([self.position, other.position]), torch.cat([self.hidden, other.hidden])
+        return _Active(rows, done, position, hidden, self.cache, other.prefix, other.prompt_of_row, is_mixed=True)
+
+
+def _start(
+    policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, units: list[range], *, group_size: int, max_new: int
+) -> _Active:
+    """Forward the prompts of some units and make a cache for their rows."""
+    prompts = torch.tensor([unit[0] // group_size for unit in units], device=lengths.device)
+    sizes = torch.tensor([len(unit) for unit in units], device=lengths.device)
+    lengths = lengths[prompts]
+    prompt_of_row = torch.arange(len(units), device=lengths.device).repeat_interleave(sizes)
+    hidden, prefix = prefill(policy, prompt_ids[prompts, : int(lengths.max())], lengths)
+    cache_type = SharedDecodeCache if policy.takes_packed and len(prompt_of_row) > len(units) else DecodeCache
+    cache = None
+    if max_new > 1:
+        cache = cache_type(prefix, prompt_of_row, max_new_tokens=max_new, shape=policy.cache_shape)
+    rows = torch.tensor([row for unit in units for row in unit], device=lengths.device)
+    return _Active(
+        rows, torch.zeros_like(rows), lengths[prompt_of_row], hidden[prompt_of_row], cache, prefix, prompt_of_row
+    )
+
+
+def _decode(policy: CausalLM, active: _Active, table: _Table, *, until_free: int) -> _Active | None:
+    """Decode until `until_free` rows have ended (0: all of them); return those that are left, None for none."""
+    head = policy.head_weight.to(active.hidden.dtype).t()
+    check_every = 1 if active.rows.device.type == "cpu" else CHECK_EVERY
+    can_end, num_rows, cache = table.ends_early or active.is_mixed, len(active.rows), active.cache
+    for step in range(1, table.max_new + 1):
+        token = table.draw((active.hidden @ head) / table.sampling.temperature, active.rows, active.done)
+        active.done, has_room_to_join = active.done + 1, False
+        if step == table.max_new or cache is None:
             break
-        if num_left < KEEP_FRACTION * len(cached):
-            kept = left.nonzero()[:, 0]
-            cache.keep(kept)
-            cached, token = cached[kept], token[kept]
-        # A finished row that is still in the cache goes on at its last position; what it draws is not written.
-        place = (positions[cached] + t).clamp(max=policy.context_length - 1)
-        hidden = policy(token[:, None], positions=place[:, None], cache=cache)[:, 0]
-    return ids, logprobs, counts, stopped
+        if can_end and step % check_every == 0:
+            is_open = table.is_open(active.rows, active.done)
+            num_open = int(is_open.sum())
+            if num_open == 0:
+                break
+            has_room_to_join = 0 < until_free <= num_rows - num_open
+            if has_room_to_join or num_open < KEEP_FRACTION * len(active.rows):
+                kept = is_open.nonzero()[:, 0]
+                cache.keep(kept)
+                token, active.rows, active.done, active.position = (
+                    x[kept] for x in (token, active.rows, active.done, active.position)
+                )
+        # A finished row that is still in the cache goes on at its last position; what it draws is not kept.
+        place = active.position.clamp(max=policy.context_length - 1)
+        active.hidden = policy(token[:, None], positions=place[:, None], cache=cache)[:, 0]
+        active.position = active.position + 1
+        if has_room_to_join:
+            return active
+    return None
 
 
 def _choose(
-    logits: Tensor, draw: Tensor | None, t: int, sampling: Sampling, eos_id: int | None
+    logits: Tensor, draw: Tensor | None, done: Tensor, sampling: Sampling, eos_id: int | None
 ) -> tuple[Tensor, Tensor]:
-    if t < sampling.min_new_tokens and eos_id is not None:
-        logits[:, eos_id] = -torch.inf
+    if sampling.min_new_tokens and eos_id is not None:
+        logits[:, eos_id] = logits[:, eos_id].masked_fill(done < sampling.min_new_tokens, -torch.inf)
     logits = filtered(logits, top_k=sampling.top_k, top_p=sampling.top_p)
     if draw is not None:
         return sample(logits, draw)

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlft.counted import generator
 from rlft.errors import ConfigError
+
+BLOCK = 256  # tokens whose mass is first summed, in a large vocabulary
+BELOW_ONE = 1.0 - 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Sampling:
         top_k, top_p: keep the k likeliest tokens / the smallest set of likeliest tokens with mass >= p; 0 and 1.0: off.
         min_new_tokens: the end token is not drawn before this many tokens.
         greedy: take the likeliest token instead of drawing.
+        max_rows: completions that are drawn at once; others begin as those end. None: all.
     """
 
     max_new_tokens: int
@@ -34,6 +39,7 @@ class Sampling:
     top_p: float = 1.0
     min_new_tokens: int = 0
     greedy: bool = False
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -80,13 +86,31 @@ def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         ids [B] int64: the first token whose cumulative probability exceeds the uniform (never one of probability 0);
         logprobs [B]: log softmax of the logits at ids, in the logits' dtype (float32 at least).
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    log_normalizer = logits.logsumexp(dim=-1)
-    cumulative = (logits - log_normalizer[:, None]).exp().cumsum(dim=-1, dtype=torch.float64)
-    # Scaling by the last entry makes the mass exactly one, so that rounding cannot leave a draw without a token.
-    target = uniform[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return ids, logits.gather(1, ids[:, None])[:, 0] - log_normalizer
+    logprobs = logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    probabilities, uniform = logprobs.exp(), uniform[:, None]
+    if logits.shape[1] <= 2 * BLOCK:
+        ids, _ = _place(probabilities.cumsum(dim=1, dtype=torch.float64), uniform)
+    else:
+        # First the block of tokens that the draw falls in, then the token in it: float64 for two short sums only.
+        blocks = F.pad(probabilities, (0, -logits.shape[1] % BLOCK)).view(len(logits), -1, BLOCK)
+        mass = blocks.sum(dim=2, dtype=torch.float64)
+        cumulative = mass.cumsum(dim=1)
+        block, target = _place(cumulative, uniform)
+        size = mass.gather(1, block)
+        rest = (target - (cumulative.gather(1, block) - size)) / size
+        inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+        place, _ = _place(inside.cumsum(dim=1, dtype=torch.float64), rest.clamp(0.0, BELOW_ONE))
+        ids = block * BLOCK + place
+    return ids[:, 0], logprobs.gather(1, ids)[:, 0]
+
+
+def _place(cumulative: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first place [B, 1] where the cumulative mass [B, N] exceeds `uniform` [B, 1] of all of it, and that.
+
+    A place without mass is never returned: scaled by the whole, the target stays below the last cumulative entry.
+    """
+    target = uniform * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1), target
 
 
 def filtered(logits: Tensor, *, top_k: int, top_p: float) -> Tensor:

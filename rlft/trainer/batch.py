@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlft.models.scorer import Rows
+from rlft.models.rows import Rows, num_read
 from rlft.trainer.metrics import Means
 
 
@@ -55,6 +55,35 @@ class Batch:
         )
         values = {k: v[start:stop, :width] if v.dim() > 1 else v[start:stop] for k, v in self.values.items()}
         return Batch(cut, values, rows_per_unit=self.rows_per_unit)
+
+    def by_length(self) -> Batch:
+        """Return the same rows with those of like length next to each other, so that micro-batches hold little padding.
+
+        Rows of one prompt, and those of one unit, stay together; a loss does not depend on the order.
+        """
+        rows, unit = self.rows, self.rows_per_unit
+        prompts = rows.prompt_of_row.tolist()
+        lengths = (rows.prompt_lengths[rows.prompt_of_row] + num_read(rows)).tolist()
+        blocks: list[list[int]] = []
+        for row in range(self.num_rows):
+            if row and (row % unit or prompts[row] == prompts[row - 1]):
+                blocks[-1].append(row)
+            else:
+                blocks.append([row])
+        blocks.sort(key=lambda block: max(lengths[row] for row in block))
+        order = [row for block in blocks for row in block]
+        kept = list(dict.fromkeys(prompts[row] for row in order))
+        number = {prompt: i for i, prompt in enumerate(kept)}
+        device = rows.prompt_of_row.device
+        moved = Rows(
+            prompt_ids=rows.prompt_ids[kept],
+            prompt_lengths=rows.prompt_lengths[kept],
+            prompt_of_row=torch.tensor([number[prompts[row]] for row in order], device=device),
+            completion_ids=rows.completion_ids[order],
+            completion_mask=rows.completion_mask[order],
+        )
+        values = {name: value[order] for name, value in self.values.items()}
+        return Batch(moved, values, rows_per_unit=unit, num_read=self.num_read)
 
     def select(self, index: Tensor) -> Batch:
         """Return the rows of `index` (int64, ascending) with all prompts."""

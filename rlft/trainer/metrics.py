@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,10 @@ def _as_row(sums_and_counts: dict[str, Tensor], maxima: dict[str, Tensor]) -> di
 
 
 class Clock:
-    """Splits a step's wall time into named parts, in seconds."""
+    """Splits a step's wall time into named parts, in seconds; on a GPU a part ends when its work is done there."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device, self.seconds = device, dict[str, float]()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -70,6 +70,8 @@ class Clock:
         try:
             yield
         finally:
+            if self.device is not None and self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
@@ -77,6 +79,19 @@ class Clock:
         taken = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         self.seconds = {}
         return taken
+
+
+@contextmanager
+def traced(path: Path | None) -> Iterator[Callable[[], None]]:
+    """Yield what is to be called after each step; the third and fourth are traced to `path` (None: nothing is)."""
+    if path is None:
+        yield lambda: None
+        return
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1)
+    with torch.profiler.profile(
+        schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(path))
+    ) as profiler:
+        yield profiler.step
 
 
 class JsonlFile:

@@ -212,9 +212,12 @@ class Progress:
 
         They are summed over a window, because of several updates on one batch only the first has a rollout.
         """
-        if "time/rollout" in metrics or "time/update" in metrics:
+        if "time/decode" in metrics or "time/update" in metrics:
             parts = sum(_float(value) for name, value in metrics.items() if name.startswith("time/"))
-            rollout, update = (_float(metrics.get(f"time/{part}", 0.0)) for part in ("rollout", "update"))
+            prefill, decode, update = (
+                _float(metrics.get(f"time/{part}", 0.0)) for part in ("prefill", "decode", "update")
+            )
+            rollout = prefill + decode
             self._times.append((rollout, update, _float(metrics.get("step_time", parts))))
 
     def _estimate_end(self, metrics: Mapping[str, float]) -> float | None:

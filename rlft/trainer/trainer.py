@@ -10,67 +10,29 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import Tensor
 
 from rlft.algos.base import Algorithm, Totals
 from rlft.counted import generator
 from rlft.errors import ConfigError, NonFiniteError
 from rlft.models.base import CausalLM
 from rlft.models.scorer import Scorer
+from rlft.trainer import efficiency
 from rlft.trainer.batch import Batch
 from rlft.trainer.checkpoint import Checkpoints
-from rlft.trainer.metrics import Clock, JsonlFile, Means
+from rlft.trainer.metrics import Clock, JsonlFile, Means, traced
 from rlft.trainer.progress import Progress
 from rlft.trainer.schedule import learning_rate
+from rlft.trainer.settings import TrainSettings, TrainState
 from rlft.trainer.trackers import Tracker
 
 MAX_NON_FINITE_STEPS = 3  # in a row, before the run stops
 NUM_SHOWN_SAMPLES = 5  # on the screen; samples.jsonl holds them all
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The root settings that the loop reads; `conf/train.yaml` says what each means."""
-
-    seed: int
-    steps: int
-    max_minutes: float | None
-    max_tokens: int | None
-    micro_batch: int | None
-    micro_batch_tokens: int | None
-    learning_rate: float
-    final_learning_rate_fraction: float
-    warmup_steps: int
-    schedule: str
-    max_grad_norm: float
-    weight_decay: float
-    betas: tuple[float, float]
-    eval_every: int
-    patience: int | None
-    save_every: int
-    keep: int
-    log_every: int
-
-
-@dataclass
-class TrainState:
-    """All that changes during a run beside weights, optimizer and algorithm; saved in every checkpoint."""
-
-    step: int = 0  # optimizer steps done
-    num_tokens: int = 0  # completion tokens sampled, or read from a data set
-    seconds: float = 0.0  # over all starts of this run
-    non_finite: int = 0  # steps skipped, in all
-    non_finite_in_row: int = 0
-    best_step: int | None = None
-    best_value: float | None = None
-    evals_since_best: int = 0
-    before: dict[str, float] = field(default_factory=dict)  # the evaluation of the untouched policy
-    after: dict[str, float] = field(default_factory=dict)  # the latest evaluation
 
 
 class Trainer:
@@ -131,8 +93,13 @@ class Trainer:
             self._log({"step": 0, **self.state.before, **self.clock.take()})
             if self.settings.patience is not None:  # early stopping may come back to the untouched policy
                 self.save()
+        with traced(self.run_dir / "trace.json" if self.settings.profile else None) as after_step:
+            return self._train(started, should_stop, after_step)
+
+    def _train(self, started: float, should_stop: Callable[[], bool], after_step: Callable[[], None]) -> str:
         while (reason := self._ended()) is None:
             row = self.step(self.state.step)
+            after_step()
             self.state.seconds = time.perf_counter() - started
             is_last = self._ended() is not None
             if is_last or self._is_due(self.settings.eval_every):
@@ -162,13 +129,13 @@ class Trainer:
             for sample in self.batch.samples:
                 self.samples_file.write({"step": step + 1} | sample)
         metrics = self.batch.means.reduce(self.accelerator)
-        with self.clock("update"):
-            batch = self.algorithm.minibatch(self.batch, update)
-            if batch is not None:
-                metrics |= self._optimize(batch, step, update)
+        batch = self.algorithm.minibatch(self.batch, update)
+        if batch is not None:
+            metrics |= self._optimize(batch, step, update)
         self.state.step = step + 1
-        seconds = time.perf_counter() - began
         num_tokens = self._totals(batch or self.batch).num_tokens
+        seconds = time.perf_counter() - began
+        parts = self.clock.take()
         return {
             "step": self.state.step,
             **metrics,
@@ -177,15 +144,42 @@ class Trainer:
             "non_finite_steps": self.state.non_finite,
             "step_time": seconds,
             "tokens_per_second": num_tokens / seconds,
-            **self.clock.take(),
+            **parts,
+            "time/other": seconds - sum(parts.values()),
+            "memory/peak_gib": efficiency.peak_memory_gib(self.accelerator.device),
         }
 
     def _optimize(self, batch: Batch, step: int, update: int) -> dict[str, float]:
         """Accumulate the gradient of a batch over its micro-batches, and step."""
-        means, loss = Means(), 0.0
-        totals = self._totals(batch)
-        max_rows, max_tokens = self.settings.micro_batch, self.settings.micro_batch_tokens
-        micro_batches = list(batch.micro_batches(max_rows=max_rows, max_tokens=max_tokens))
+        means, totals = Means(), self._totals(batch)
+        with self.clock("update"):
+            loss, micro_batches = self._accumulate(batch, totals, means, step, update)
+        rate = self._learning_rate(step)
+        with self.clock("optimizer"):
+            grad_norm = self._update(batch, float(loss), rate)
+        total_loss = loss.to(self.accelerator.device)
+        return {
+            "loss": float(self.accelerator.reduce(total_loss, reduction="sum")),
+            **means.reduce(self.accelerator),
+            "grad_norm": grad_norm,
+            "learning_rate": rate,
+            **efficiency.of_update(
+                self.policy, batch, micro_batches, device=self.accelerator.device,
+                seconds=self.clock.seconds["update"] + self.clock.seconds["optimizer"],
+                dtype=torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32,
+            ),
+        }  # fmt: skip
+
+    def _accumulate(
+        self, batch: Batch, totals: Totals, means: Means, step: int, update: int
+    ) -> tuple[Tensor, list[Batch]]:
+        """Run forward and backward over the batch's micro-batches; return this rank's loss and what was run."""
+        limits = {"max_rows": self.settings.micro_batch, "max_tokens": self.settings.micro_batch_tokens}
+        needed = self.algorithm.needed(batch)
+        micro_batches = list(needed.micro_batches(**limits))
+        if len(micro_batches) > 1:
+            micro_batches = list(needed.by_length().micro_batches(**limits))
+        loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         self.scorer.train()
         for i, micro in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
@@ -196,16 +190,8 @@ class Trainer:
                 share = self.algorithm.loss(self.scorer, micro, totals, means, update=update)
                 # Ranks average their gradients; a loss over global counts wants their sum.
                 self.accelerator.backward(share * self.accelerator.num_processes)
-            loss += float(share.detach())
-        rate = self._learning_rate(step)
-        grad_norm = self._update(batch, loss, rate)
-        total_loss = torch.tensor(loss, device=self.accelerator.device, dtype=torch.float64)
-        return {
-            "loss": float(self.accelerator.reduce(total_loss, reduction="sum")),
-            **means.reduce(self.accelerator),
-            "grad_norm": grad_norm,
-            "learning_rate": rate,
-        }
+            loss += share.detach()
+        return loss, micro_batches
 
     def save(self) -> None:
         """Write a checkpoint of everything that the next step depends on."""

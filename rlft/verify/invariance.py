@@ -21,7 +21,8 @@ from torch.nn.functional import pad
 from rlft.algos.base import Totals
 from rlft.algos.baselines import RunningBaseline
 from rlft.data.prompts import Prompt
-from rlft.models.scorer import Rows, Scorer
+from rlft.models.rows import Rows
+from rlft.models.scorer import Scorer
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling
 from rlft.trainer.metrics import Means

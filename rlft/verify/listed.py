@@ -13,7 +13,8 @@ from rlft.algos.policy_gradient import PolicyGradient
 from rlft.algos.rollouts import Rollouts, Sampled
 from rlft.algos.scoring import score
 from rlft.data.prompts import Prompt
-from rlft.models.scorer import Rows, Scorer
+from rlft.models.rows import Rows
+from rlft.models.scorer import Scorer
 from rlft.rewards.compose import RewardOutput
 from rlft.rollout.engine import Rollout
 from rlft.trainer.batch import Batch, pad

@@ -22,8 +22,9 @@ from rlft.algos.policy_gradient import PolicyGradient
 from rlft.models.base import CausalLM
 from rlft.models.reference import initial
 from rlft.trainer.progress import Progress
+from rlft.trainer.settings import TrainSettings
 from rlft.trainer.trackers import NullTracker
-from rlft.trainer.trainer import Trainer, TrainSettings
+from rlft.trainer.trainer import Trainer
 from rlft.verify import exact, fixed_points
 from rlft.verify.cases import CASES, Case, composed, settings_of
 from rlft.verify.policy import TabularPolicy
@@ -186,7 +187,7 @@ def trainer_of(
         seed=0, steps=steps, max_minutes=None, max_tokens=None, micro_batch=micro_batch, micro_batch_tokens=None,
         learning_rate=learning_rate, final_learning_rate_fraction=0.0, warmup_steps=0, schedule="linear",
         max_grad_norm=100.0, weight_decay=0.0, betas=(0.9, 0.99), eval_every=0, patience=None, save_every=0, keep=1,
-        log_every=1,
+        log_every=1, profile=False,
     )  # fmt: skip
     progress = Progress(total_steps=steps, log_every=1, console=Console(quiet=True))
     return Trainer(

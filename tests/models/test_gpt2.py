@@ -179,13 +179,13 @@ def test_dropout_acts_on_embeddings_attention_weights_and_both_projections() -> 
     x = torch.randn(4, 6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     plain, dropping = tiny(8), tiny(8, dropout=0.5).train()
     torch.manual_seed(0)
-    mlp, attention = dropping.h[0].mlp(x), dropping.h[0].attn(x, None, None)
+    mlp, attention = dropping.h[0].mlp(x), dropping.h[0].attn(x, None)
     kept_mlp, kept_attention = mlp != 0, attention != 0
     for kept in (kept_mlp, kept_attention):
         assert 0.4 < float(kept.double().mean()) < 0.6  # 384 entries: four standard errors are 0.1
     torch.testing.assert_close(mlp[kept_mlp], 2 * plain.h[0].mlp(x)[kept_mlp])
     # What the projection's dropout kept still differs from the plain output: attention weights were dropped as well.
-    assert not torch.allclose(attention[kept_attention], 2 * plain.h[0].attn(x, None, None)[kept_attention], atol=0.1)
+    assert not torch.allclose(attention[kept_attention], 2 * plain.h[0].attn(x, None)[kept_attention], atol=0.1)
     for block in dropping.h:
         block.eval()
     ids = torch.arange(6)[None]

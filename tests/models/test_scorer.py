@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from rlft.functional.aggregation import token_mean
+from rlft.models import attention
 from rlft.models.gpt2 import GPT2
-from rlft.models.scorer import Rows, Scorer
+from rlft.models.rows import Rows
+from rlft.models.scorer import Scorer
 from rlft.trainer.batch import Batch
 from tests.models.tiny import logits_of, plain_logprobs, random_ids, rows_of, tiny
 
@@ -17,6 +19,13 @@ PROMPTS = random_ids(1, [3, 1, 7, 20])
 OF_ROW = [0, 0, 0, 1, 2, 2, 3, 3]
 COMPLETIONS = random_ids(2, [5, 1, 9, 23, 2, 8, 5, 4])
 WIDTH = 23
+
+
+@pytest.fixture(params=["packed", "packed, shared attention", "padded"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds in every way that a policy is called."""
+    monkeypatch.setattr(GPT2, "takes_packed", request.param != "padded")
+    monkeypatch.setattr(attention, "fits", lambda queries: "shared" in request.param)
 
 
 def shared(**padding: int) -> Rows:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlft.models.base import CausalLM
 from rlft.models.gpt2 import GPT2, GPT2Config
-from rlft.models.scorer import Rows
+from rlft.models.rows import Rows
 
 
 def tiny(

@@ -13,11 +13,18 @@ from rlft.rollout import engine
 from rlft.rollout.cache import DecodeCache
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling, uniforms
+from rlft.rollout.shared import SharedDecodeCache
 from tests.models.tiny import logits_of, plain_logprobs, random_ids, tiny
 
 PROMPTS = random_ids(1, [3, 1, 7, 12, 3])
 EOS = 4
 GROUP = 4
+
+
+@pytest.fixture(params=[True, False], ids=["packed", "padded"], autouse=True)
+def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for a policy that leaves attention to its cache and for one that does not."""
+    monkeypatch.setattr(GPT2, "takes_packed", request.param)
 
 
 def rollout(policy: GPT2, prompts: list[list[int]] = PROMPTS, **changed: Any) -> Rollout:
@@ -149,14 +156,15 @@ def test_more_room_changes_no_earlier_token() -> None:
 @pytest.mark.parametrize("greedy", [False, True])
 def test_compaction_changes_nothing(greedy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, calls = tiny(), []
-    keep = DecodeCache.keep
+    cache_type = SharedDecodeCache if policy.takes_packed else DecodeCache
+    keep = cache_type.keep
 
-    def counted(cache: DecodeCache, rows: torch.Tensor) -> None:
+    def counted(cache: DecodeCache | SharedDecodeCache, rows: torch.Tensor) -> None:
         calls.append(len(rows))
         keep(cache, rows)
         assert {len(k) for k in cache.keys + cache.values} == {len(rows)}
 
-    monkeypatch.setattr(DecodeCache, "keep", counted)
+    monkeypatch.setattr(cache_type, "keep", counted)
     results, num_calls = [], []
     for fraction in (0.0, engine.KEEP_FRACTION, 1.1):
         monkeypatch.setattr(engine, "KEEP_FRACTION", fraction)
@@ -169,6 +177,33 @@ def test_compaction_changes_nothing(greedy: bool, monkeypatch: pytest.MonkeyPatc
         assert other.finish_reasons == results[0].finish_reasons
         assert torch.equal(other.rows.completion_mask, results[0].rows.completion_mask)
         torch.testing.assert_close(other.logprobs, results[0].logprobs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 5, 8, 20])
+@pytest.mark.parametrize("eos_id", [EOS, None])
+def test_rows_that_join_as_others_end_draw_the_same_tokens(max_rows: int, eos_id: int | None) -> None:
+    policy = tiny()
+    at_once = rollout(policy, sampling=Sampling(12), eos_id=eos_id)
+    seen = []
+    policy.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    in_turn = rollout(policy, sampling=Sampling(12, max_rows=max_rows), eos_id=eos_id)
+    assert in_turn.completions() == at_once.completions()
+    assert in_turn.finish_reasons == at_once.finish_reasons
+    torch.testing.assert_close(in_turn.logprobs, at_once.logprobs, rtol=0, atol=1e-12)
+    decoded = [rows for rows, tokens in seen if tokens == 1 and rows > 1] or [1]
+    assert max(decoded) <= max_rows
+
+
+def test_joining_keeps_the_rows_busy() -> None:
+    """Fewer steps than one unit after the other would take, as rows end at different times."""
+    policy, steps = tiny(), []
+    policy.register_forward_pre_hook(lambda _, args: steps.append(args[0].shape[1]))
+    rollout(policy, sampling=Sampling(15, max_rows=2 * GROUP))
+    num_joined = sum(tokens == 1 for tokens in steps)
+    steps.clear()
+    for number, prompt in enumerate(PROMPTS):
+        rollout(policy, [prompt], sampling=Sampling(15), first_prompt=number)
+    assert num_joined < 0.7 * sum(tokens == 1 for tokens in steps)
 
 
 def test_greedy_equals_transformers_generate(tmp_path: Path) -> None:

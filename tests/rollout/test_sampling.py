@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from rlft.errors import ConfigError
+from rlft.rollout import sampling
 from rlft.rollout.sampling import Sampling, filtered, sample, uniforms
 
 # A right sampler's p-value is uniform on (0, 1): with fresh seeds a test with this bound would fail once in a thousand
@@ -18,6 +19,12 @@ from rlft.rollout.sampling import Sampling, filtered, sample, uniforms
 P_BOUND = 1e-3
 LAST_BELOW_ONE = 1 - 2.0**-53
 NEVER = [0, 5, 6, 31]  # tokens of probability 0: the first, two in a row, the last
+
+
+@pytest.fixture(params=[256, 3], ids=["whole", "by blocks"], autouse=True)
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for a small vocabulary and for one that is first summed by blocks."""
+    monkeypatch.setattr(sampling, "BLOCK", request.param)
 
 
 def distribution(temperature: float = 1.0) -> Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlft.models.scorer import Rows
+from rlft.models.rows import Rows
 from rlft.trainer.batch import Batch, pad
 from tests.builders import CPU
 

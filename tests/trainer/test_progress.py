@@ -13,7 +13,7 @@ from rlft.trainer.progress import Progress, printable
 
 ONLINE = {
     "step": 40, "loss": 0.5, "reward": 0.4123, "reward_std": 0.3, "kl": 0.0211, "entropy": 3.1, "learning_rate": 1e-4,
-    "completions/mean_length": 23.9, "tokens_per_second": 1520.4, "step_time": 2.0, "time/rollout": 0.9,
+    "completions/mean_length": 23.9, "tokens_per_second": 1520.4, "step_time": 2.0, "time/decode": 0.9,
     "time/update": 1.04,
 }  # fmt: skip
 SUPERVISED = {"loss": 1.23456, "eval/perplexity": 23.1, "learning_rate": 1e-4, "entropy": 2.0, "tokens_per_second": 900}
@@ -123,7 +123,7 @@ def test_the_eta_follows_the_pace_of_the_last_steps_and_ends_at_zero():
 def test_the_time_split_is_over_steps_with_and_without_a_rollout():
     progress, out = plain()
     with progress:
-        progress.step(1, {"reward": 0, "step_time": 3.0, "time/rollout": 2.0, "time/update": 1.0})
+        progress.step(1, {"reward": 0, "step_time": 3.0, "time/decode": 2.0, "time/update": 1.0})
         progress.step(2, {"reward": 0, "step_time": 1.0, "time/update": 1.0})
         progress.step(3, {"reward": 0, "time/update": 0.5, "time/reward": 0.5})  # no step_time: the parts are the whole
     assert [line.split("gen ")[1].split("  ")[0] for line in out.getvalue().splitlines()] == [

@@ -82,7 +82,7 @@ def test_a_broken_surrogate_is_seen(monkeypatch, part, broken, algorithm, fails,
 
 
 def test_a_value_loss_without_its_clip_is_seen(monkeypatch):
-    break_(monkeypatch, rlft.algos.policy_gradient, "value_clipped", value_not_clipped)
+    break_(monkeypatch, rlft.functional.surrogates, "value_clipped", value_not_clipped)
     check(gradients("ppo"), fails=(SECOND,), passes=(FIRST, EXPECTED))
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rlft.errors import ConfigError
-from rlft.models.scorer import Rows, Scorer
+from rlft.models.rows import Rows
+from rlft.models.scorer import Scorer
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
 from rlft.trainer.batch import pad

@@ -1,0 +1,46 @@
+"""What the training loop is told, and what changes while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The root settings that the loop reads; `conf/train.yaml` says what each means."""
+
+    seed: int
+    steps: int
+    max_minutes: float | None
+    max_tokens: int | None
+    micro_batch: int | None
+    micro_batch_tokens: int | None
+    learning_rate: float
+    final_learning_rate_fraction: float
+    warmup_steps: int
+    schedule: str
+    max_grad_norm: float
+    weight_decay: float
+    betas: tuple[float, float]
+    eval_every: int
+    patience: int | None
+    save_every: int
+    keep: int
+    log_every: int
+    profile: bool
+
+
+@dataclass
+class TrainState:
+    """All that changes during a run beside weights, optimizer and algorithm; saved in every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    num_tokens: int = 0  # completion tokens sampled, or read from a data set
+    seconds: float = 0.0  # over all starts of this run
+    non_finite: int = 0  # steps skipped, in all
+    non_finite_in_row: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    evals_since_best: int = 0
+    before: dict[str, float] = field(default_factory=dict)  # the evaluation of the untouched policy
+    after: dict[str, float] = field(default_factory=dict)  # the latest evaluation
