@@ -25,9 +25,13 @@ from rlft.config import checked
 from rlft.memory import restart_with_huge_pages
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
+from rlft.trainer import efficiency
 from rlft.trainer.progress import Progress
 
-PRESETS = {"tiny": (2, 2, 32, 96), "char10m": (6, 6, 384, 96), "gpt2": (12, 12, 768, 50257)}  # layers, heads, width, V
+PRESETS = {  # layers, heads, width, vocabulary
+    "tiny": (2, 2, 32, 96), "char400k": (4, 3, 96, 96), "char2m": (4, 4, 192, 96), "char10m": (6, 6, 384, 96),
+    "char40m": (8, 10, 640, 96), "gpt2": (12, 12, 768, 50257),
+}  # fmt: skip
 ALPHABET = "".join(chr(32 + i) for i in range(95))  # printable ASCII; the last id of 96 is the end of a text
 
 
@@ -47,12 +51,13 @@ def prompts(args: argparse.Namespace, count: int) -> list[str]:
 
 def overrides(args: argparse.Namespace, directory: Path) -> list[str]:
     layers, heads, width, vocab_size = PRESETS[args.preset]
+    vocab_size = args.vocab or vocab_size
     made = [
         "name=benchmark", "model=char_scratch", f"model.vocab_size={vocab_size}", "model.n_positions=1024",
         f"model.n_embd={width}", f"model.n_layer={layers}", f"model.n_head={heads}", "model.tokenizer.source=null",
         "tracker=none", "micro_batch=null", "learning_rate=1e-5", "max_grad_norm=1.0", f"seed={args.seed}",
         f"max_new_tokens={args.clen}", f"prompts_per_step={args.prompts}", f"group_size={args.group}",
-        f"hardware={args.hardware}",
+        f"hardware={args.hardware}", f"rollout_rows={args.rows}",
     ]  # fmt: skip
     if args.work == "sft":
         text = directory / "text.txt"
@@ -78,6 +83,8 @@ def main() -> None:
     parser.add_argument("work", choices=["grpo", "ppo", "sft", "generate"])
     parser.add_argument("--preset", choices=list(PRESETS), default="tiny")
     parser.add_argument("--hardware", default="cpu")
+    parser.add_argument("--vocab", type=int, help="of another size than the preset's")
+    parser.add_argument("--rows", default="null", help="completions sampled at once")
     parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--ragged", action="store_true", help="prompts of 8 to plen tokens, ends where the model says")
     for name, default in {
@@ -100,6 +107,7 @@ def main() -> None:
         json.dumps(
             vars(args)
             | {"step_s": statistics.median(seconds), "steps": seconds, "parts": parts}
+            | {"product_gflops": efficiency.measured_ceiling(torch.device("cpu"), torch.float32) / 1e9}
             | {"params": job.policy.num_parameters(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         )
     )
@@ -116,9 +124,20 @@ def steps(args: argparse.Namespace, job: Any, config: Any, directory: Path) -> t
         if batch >= args.warmup:
             seconds.append(time.perf_counter() - began)
             rows.append(made)
-    names = {key for made in rows for row in made for key in row if key.startswith("time/")}
+    names = sorted({key for made in rows for row in made for key in row if key.startswith("time/")})
     parts = {name: statistics.median(sum(row.get(name, 0.0) for row in made) for made in rows) for name in names}
+    parts["update_mfu"] = statistics.median(row["efficiency/update_mfu"] for made in rows for row in made)
+    # Passes over a batch that are really needed: a backward is two, and a rollout reads what it then scores.
+    online = args.work != "sft"
+    passes = 3 * updates + online + (online and job.algorithm.reference is not None) + (job.algorithm.head is not None)
+    parts["mfu"] = passes * share(job, trainer.batch.rows, statistics.median(seconds))
     return seconds, parts
+
+
+def share(job: Any, rows: Any, seconds: float) -> float:
+    """Return the operations of one needed pass over the rows a second, over the rate of a matrix product."""
+    ceiling = efficiency.measured_ceiling(job.accelerator.device, torch.float32)
+    return efficiency.forward_flops(job.policy, rows) / seconds / ceiling
 
 
 def generation(args: argparse.Namespace, job: Any) -> tuple[list[float], dict[str, float]]:
@@ -126,12 +145,13 @@ def generation(args: argparse.Namespace, job: Any) -> tuple[list[float], dict[st
     ids = job.tokenizer.encode_batch(texts)
     for step in range(args.warmup + args.steps):
         began = time.perf_counter()
-        generate(
+        rollout = generate(
             job.policy, ids, group_size=args.group, sampling=Sampling(args.clen), eos_id=job.tokenizer.eos_id,
             seed=args.seed, step=step,
         )  # fmt: skip
         seconds.append(time.perf_counter() - began)
-    return seconds[args.warmup :], {}
+    seconds = seconds[args.warmup :]
+    return seconds, {"mfu": share(job, rollout.rows, statistics.median(seconds))}
 
 
 if __name__ == "__main__":

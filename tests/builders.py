@@ -114,10 +114,12 @@ def policy_gradient(
         "micro_batch_tokens": None,
     }  # fmt: skip
     sizes = defaults | sizes
+    max_rows = sizes.pop("max_rows", None)
     return build.algorithm(
         algorithm_node(name, overrides, **sizes),
         policy=policy, reference=reference, rewards=rewards or reward_sum(share_of_a), data=FixedPrompts(prompts),
-        tokenizer=TOKENIZER, sampling=Sampling(sizes["max_new_tokens"], temperature), seed=seed, device=CPU,
+        tokenizer=TOKENIZER, sampling=Sampling(sizes["max_new_tokens"], temperature, max_rows=max_rows), seed=seed,
+        device=CPU,
         autocast=nullcontext, is_float32=True, rank=rank, world_size=world_size, clock=Clock(), **(parts or {}),
     )  # fmt: skip
 

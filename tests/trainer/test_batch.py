@@ -143,3 +143,26 @@ def test_pad_of_empty_rows_has_one_masked_column():
     ids, mask = pad([[], []], device=CPU)
     assert ids.shape == mask.shape == (2, 1)
     assert not mask.any()
+
+
+# Rows by length.
+
+
+def test_rows_of_like_length_come_together_and_keep_what_is_theirs(batch):
+    made = batch.by_length()
+    assert sorted(unpadded(made), key=lambda row: row[3]) == expected_rows()
+    # Longest rows: prompt 0 has 3 + 4 tokens that are read, prompt 1 has 1 + 3, prompt 2 has 2 + 1.
+    assert made.values["weights"].tolist() == [5, 2, 3, 4, 0, 1]
+    assert made.rows.prompt_of_row.tolist() == [0, 1, 1, 1, 2, 2]
+    assert sum(m.rows.completion_ids.numel() for m in made.micro_batches(max_rows=3)) < sum(
+        m.rows.completion_ids.numel() for m in batch.micro_batches(max_rows=3)
+    )
+
+
+def test_units_are_not_divided_although_their_prompts_differ():
+    prompt_ids, prompt_mask = pad([[1]] * 4, device=CPU)
+    completion_ids, mask = pad([[1, 2, 3], [4], [5], [6, 7]], device=CPU)
+    rows = Rows(prompt_ids, prompt_mask.sum(1), torch.arange(4), completion_ids, mask)
+    made = Batch(rows, {"weights": torch.arange(4.0)}, rows_per_unit=2).by_length()
+    assert made.values["weights"].tolist() == [2, 3, 0, 1]
+    assert made.rows_per_unit == 2
