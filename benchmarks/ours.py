@@ -55,7 +55,7 @@ def overrides(args: argparse.Namespace, directory: Path) -> list[str]:
     made = [
         "name=benchmark", "model=char_scratch", f"model.vocab_size={vocab_size}", "model.n_positions=1024",
         f"model.n_embd={width}", f"model.n_layer={layers}", f"model.n_head={heads}", "model.tokenizer.source=null",
-        "tracker=none", "micro_batch=null", "learning_rate=1e-5", "max_grad_norm=1.0", f"seed={args.seed}",
+        "tracker=none", f"micro_batch={args.micro}", "learning_rate=1e-5", "max_grad_norm=1.0", f"seed={args.seed}",
         f"max_new_tokens={args.clen}", f"prompts_per_step={args.prompts}", f"group_size={args.group}",
         f"hardware={args.hardware}", f"rollout_rows={args.rows}",
     ]  # fmt: skip
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--hardware", default="cpu")
     parser.add_argument("--vocab", type=int, help="of another size than the preset's")
     parser.add_argument("--rows", default="null", help="completions sampled at once")
+    parser.add_argument("--micro", default="null", help="rows in one forward-backward")
     parser.add_argument("--beta", type=float, default=0.0)
     parser.add_argument("--ragged", action="store_true", help="prompts of 8 to plen tokens, ends where the model says")
     for name, default in {

@@ -1,8 +1,8 @@
 """Memory as large matrix products want it: in huge pages, and kept by the process from one step to the next.
 
-A step allocates and frees the same large tensors again and again. glibc gives each back to the system, which clears new
-pages for the next one, in pieces of 4 KiB that the processor then looks up one by one. With these settings a step of an
-11 M model takes about a sixth less time on a CPU (`python -m benchmarks.memory`). glibc reads them when a process starts.
+A step allocates and frees the same large tensors again and again. glibc gives each back to the system, which clears
+new pages for the next one, in pieces of 4 KiB that the processor then looks up one by one. glibc reads these settings
+when a process starts, and so the process starts once more.
 """
 
 from __future__ import annotations

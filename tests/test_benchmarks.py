@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import curves, ours, versus
+from benchmarks import curves, gpu, ours, versus
 
 
 @pytest.mark.parametrize("work", ["grpo", "grpo --beta 0.04 --ragged", "ppo --group 1", "sft", "generate"])
@@ -40,3 +43,17 @@ def test_the_exponent_of_a_power_is_that_power(tmp_path) -> None:
     assert "| n | 1, 8 | 3, 67.9 | 3.00, 10.00 | 1.50 |" in curves.rendered({"n": points}, "when and where")
     curves.draw({"n": points, "m": points}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_gpu_script_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 2
+    assert "sees no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_at_toy_sizes() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--cpu"]
+    made = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    assert made.returncode == 0, made.stdout + made.stderr

@@ -164,6 +164,8 @@ class OnlineDPO(Algorithm):
         ]
 
     def _samples(self, sampled: Sampled, best: Tensor, worst: Tensor) -> list[dict]:
-        rows = sample_rows(self.tokenizer, sampled.prompt_of_row, sampled.rollout, sampled.scored)
+        rows = sample_rows(
+            self.tokenizer, sampled.prompt_of_row, sampled.rollout, sampled.scored, count=self.samples_per_step
+        )
         place = dict.fromkeys(best.tolist(), "chosen") | dict.fromkeys(worst.tolist(), "rejected")
-        return [row | {"pair": place.get(i)} for i, row in enumerate(rows[: self.samples_per_step])]
+        return [row | {"pair": place.get(i)} for i, row in enumerate(rows)]

@@ -298,6 +298,7 @@ class PolicyGradient(Algorithm):
         return self.value_coef * token_mean(error, has_return, num_tokens=totals.num_tokens)
 
     def _samples(self, sampled: Sampled, advantages: Tensor) -> list[dict]:
-        rows = sample_rows(self.tokenizer, sampled.prompt_of_row, sampled.rollout, sampled.scored)
-        firsts = advantages[:, 0].tolist()
-        return [row | {"advantage": a} for row, a in zip(rows[: self.samples_per_step], firsts, strict=False)]
+        rows = sample_rows(
+            self.tokenizer, sampled.prompt_of_row, sampled.rollout, sampled.scored, count=self.samples_per_step
+        )
+        return [row | {"advantage": a} for row, a in zip(rows, advantages[:, 0].tolist(), strict=False)]

@@ -61,9 +61,11 @@ def group_std(rewards: Tensor, *, group_size: int) -> Tensor:
     return (centred.square().sum(dim=1) / (num[:, 0] - 1).clamp(min=1)).sqrt()
 
 
-def sample_rows(tokenizer: Tokenizer, prompts: list[Prompt], rollout: Rollout, scored: RewardOutput) -> list[dict]:
-    """Return a row of samples.jsonl for each completion; `prompts` has one entry for each row."""
-    texts = tokenizer.decode_batch(rollout.completions())
+def sample_rows(
+    tokenizer: Tokenizer, prompts: list[Prompt], rollout: Rollout, scored: RewardOutput, *, count: int | None = None
+) -> list[dict]:
+    """Return a row of samples.jsonl for each of the first `count` completions; `prompts` has an entry for each row."""
+    texts = tokenizer.decode_batch(rollout.completions()[:count])
     return [
         {
             "prompt": prompts[i].text,

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from rlft.models.base import CausalLM
 from rlft.models.rows import Rows, prefill
+from rlft.rollout import graph, small
 from rlft.rollout.cache import DecodeCache, PrefixCache
-from rlft.rollout.sampling import Sampling, filtered, sample, uniforms
+from rlft.rollout.sampling import Sampling, uniforms
 from rlft.rollout.shared import SharedDecodeCache
+from rlft.rollout.table import Table
 from rlft.trainer.batch import pad
 from rlft.trainer.metrics import Clock
 
@@ -110,64 +112,23 @@ def generate(
         ).to(device)
     was_training = policy.training
     policy.eval()
-    table = _Table(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
-    queue = _Queue(len(prompts), group_size=group_size, max_rows=sampling.max_rows)
-    active: _Active | None = None
-    while (units := queue.take(0 if active is None else len(active.rows))) or active is not None:
-        if units:
-            with clock("prefill"):
-                started = _start(policy, prompt_ids, lengths, units, group_size=group_size, max_new=max_new)
-                active = started if active is None else active.joined(started)
+    table = Table(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
+    if sampling.max_rows is None and small.fits(policy, sampling, device):
+        with clock("prefill"):
+            last, prefix = prefill(policy, prompt_ids, lengths)
         with clock("decode"):
-            assert active is not None
-            active = _decode(policy, active, table, until_free=queue.wanted)
+            table.ids, table.logprobs, table.counts, table.stopped = small.decode(
+                policy, prefix, last[prompt_of_row], prompt_of_row, room, draws,
+                max_new=max_new, temperature=sampling.temperature, eos_id=eos_id,
+            )  # fmt: skip
+    else:
+        _in_turn(policy, prompt_ids, lengths, table, group_size=group_size, clock=clock)
     policy.train(was_training)
     width = int(table.counts.max())
     mask = torch.arange(width, device=device)[None] < table.counts[:, None]
     rows = Rows(prompt_ids, lengths, prompt_of_row, table.ids[:, :width].contiguous(), mask)
     reasons = ["stop" if stopped else "length" for stopped in table.stopped.tolist()]
     return Rollout(rows, table.logprobs[:, :width].contiguous(), reasons)
-
-
-class _Table:
-    """What B rows have drawn so far. The last column of `ids` and `logprobs` takes what finished rows go on drawing."""
-
-    def __init__(
-        self,
-        room: Tensor,
-        draws: Tensor | None,
-        *,
-        max_new: int,
-        sampling: Sampling,
-        eos_id: int | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self.draws, self.max_new, self.sampling, self.eos_id = draws, max_new, sampling, eos_id
-        self.limit = room.clamp(max=max_new)  # [B] tokens that a row may have
-        self.ends_early = eos_id is not None or bool((room < max_new).any())
-        self.ids = room.new_zeros(len(room), max_new + 1)
-        self.logprobs = torch.zeros(
-            len(room), max_new + 1, dtype=torch.promote_types(dtype, torch.float32), device=room.device
-        )
-        self.counts = torch.zeros_like(room)
-        self.stopped = torch.zeros_like(room, dtype=torch.bool)
-
-    def draw(self, logits: Tensor, rows: Tensor, done: Tensor) -> Tensor:
-        """Draw the next tokens [A] of `rows` [A], which have `done` [A] tokens, from logits [A, V]."""
-        place = done.clamp(max=self.max_new - 1)
-        uniform = None if self.draws is None else self.draws[rows, place]
-        token, logprob = _choose(logits, uniform, done, self.sampling, self.eos_id)
-        is_open = self.is_open(rows, done)
-        place = torch.where(is_open, done, self.max_new)
-        self.ids[rows, place] = token
-        self.logprobs[rows, place] = logprob
-        self.counts[rows] += is_open
-        if self.eos_id is not None:
-            self.stopped[rows] |= is_open & (token == self.eos_id)
-        return token
-
-    def is_open(self, rows: Tensor, done: Tensor) -> Tensor:
-        return ~self.stopped[rows] & (done < self.limit[rows])
 
 
 class _Queue:
@@ -205,17 +166,39 @@ class _Active:
     done: Tensor  # [A] tokens that each has drawn
     position: Tensor  # [A] of each one's next token
     hidden: Tensor  # [A, C] that predicts it
-    cache: DecodeCache | SharedDecodeCache | None  # None where one new token is all: it follows from the prompt alone
+    cache: (
+        DecodeCache | SharedDecodeCache | graph.StaticCache | None
+    )  # None where one new token is all: it follows from the prompt alone
     prefix: PrefixCache
     prompt_of_row: Tensor  # [A] in `prefix`
     is_mixed: bool = False  # whether some joined later than others
 
     def joined(self, other: _Active) -> _Active:
-        assert self.cache is not None
+        assert isinstance(self.cache, DecodeCache | SharedDecodeCache)
         self.cache.join(other.prefix, other.prompt_of_row)
         rows, done = torch.cat([self.rows, other.rows]), torch.cat([self.done, other.done])
         position, hidden = torch.cat([self.position, other.position]), torch.cat([self.hidden, other.hidden])
         return _Active(rows, done, position, hidden, self.cache, other.prefix, other.prompt_of_row, is_mixed=True)
+
+
+def _in_turn(
+    policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, table: Table, *, group_size: int, clock: Clock
+) -> None:
+    """Fill the table: begin as many rows as may decode at once, and others as those end."""
+    queue = _Queue(len(lengths), group_size=group_size, max_rows=table.sampling.max_rows)
+    active: _Active | None = None
+    while (units := queue.take(0 if active is None else len(active.rows))) or active is not None:
+        if units:
+            with clock("prefill"):
+                started = _start(policy, prompt_ids, lengths, units, group_size=group_size, max_new=table.max_new)
+                active = started if active is None else active.joined(started)
+        with clock("decode"):
+            assert active is not None
+            if isinstance(active.cache, graph.StaticCache):
+                graph.decode(policy, active, table, check_every=CHECK_EVERY)
+                active = None
+            else:
+                active = _decode(policy, active, table, until_free=queue.wanted)
 
 
 def _start(
@@ -227,7 +210,11 @@ def _start(
     lengths = lengths[prompts]
     prompt_of_row = torch.arange(len(units), device=lengths.device).repeat_interleave(sizes)
     hidden, prefix = prefill(policy, prompt_ids[prompts, : int(lengths.max())], lengths)
-    cache_type = SharedDecodeCache if policy.takes_packed and len(prompt_of_row) > len(units) else DecodeCache
+    is_shared = policy.takes_packed and len(prompt_of_row) > len(units)
+    cache_type: type[DecodeCache | SharedDecodeCache | graph.StaticCache]
+    cache_type = SharedDecodeCache if is_shared else DecodeCache
+    if graph.fits(policy, lengths.device):
+        cache_type = graph.StaticCache
     cache = None
     if max_new > 1:
         cache = cache_type(prefix, prompt_of_row, max_new_tokens=max_new, shape=policy.cache_shape)
@@ -237,11 +224,12 @@ def _start(
     )
 
 
-def _decode(policy: CausalLM, active: _Active, table: _Table, *, until_free: int) -> _Active | None:
+def _decode(policy: CausalLM, active: _Active, table: Table, *, until_free: int) -> _Active | None:
     """Decode until `until_free` rows have ended (0: all of them); return those that are left, None for none."""
     head = policy.head_weight.to(active.hidden.dtype).t()
     check_every = 1 if active.rows.device.type == "cpu" else CHECK_EVERY
     can_end, num_rows, cache = table.ends_early or active.is_mixed, len(active.rows), active.cache
+    assert not isinstance(cache, graph.StaticCache)
     for step in range(1, table.max_new + 1):
         token = table.draw((active.hidden @ head) / table.sampling.temperature, active.rows, active.done)
         active.done, has_room_to_join = active.done + 1, False
@@ -266,19 +254,6 @@ def _decode(policy: CausalLM, active: _Active, table: _Table, *, until_free: int
         if has_room_to_join:
             return active
     return None
-
-
-def _choose(
-    logits: Tensor, draw: Tensor | None, done: Tensor, sampling: Sampling, eos_id: int | None
-) -> tuple[Tensor, Tensor]:
-    if sampling.min_new_tokens and eos_id is not None:
-        logits[:, eos_id] = logits[:, eos_id].masked_fill(done < sampling.min_new_tokens, -torch.inf)
-    logits = filtered(logits, top_k=sampling.top_k, top_p=sampling.top_p)
-    if draw is not None:
-        return sample(logits, draw)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    token = logits.argmax(dim=-1)
-    return token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0]
 
 
 def _check_prompts(prompts: list[list[int]], context_length: int) -> None:

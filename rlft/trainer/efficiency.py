@@ -63,7 +63,8 @@ def padding_fraction(policy: CausalLM, batches: list[Rows]) -> float:
 def measured_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Return the floating-point operations a second of a large square matrix product here and now: the best of five."""
     size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    draws = torch.Generator(device).manual_seed(0)  # ones would take less power, and so less time, on a GPU
+    a, b = (torch.empty(size, size, dtype=dtype, device=device).uniform_(-1, 1, generator=draws) for _ in range(2))
     seconds = []
     for _ in range(6):  # the first warms up
         began = time.perf_counter()

@@ -42,20 +42,30 @@ class Means:
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """Return every mean and maximum over all ranks; a mean over nothing is left out."""
-        pairs = {name: torch.stack([total, self._counts[name]]) for name, total in self._sums.items()}
-        summed = {n: accelerator.reduce(pair.to(accelerator.device), reduction="sum") for n, pair in pairs.items()}
-        largest = {n: accelerator.gather(x[None].to(accelerator.device)).max() for n, x in self._maxima.items()}
-        return _as_row(summed, largest)
+        return self._row(
+            accelerator.device,
+            summed=lambda x: accelerator.reduce(x, reduction="sum"),
+            largest=lambda x: accelerator.gather(x[None]).amax(dim=0),
+        )
 
     def local(self) -> dict[str, float]:
         """Return this rank's means and maxima alone."""
-        return _as_row({n: torch.stack([s, self._counts[n]]) for n, s in self._sums.items()}, self._maxima)
+        return self._row(torch.device("cpu"), summed=lambda x: x, largest=lambda x: x)
 
-
-def _as_row(sums_and_counts: dict[str, Tensor], maxima: dict[str, Tensor]) -> dict[str, float]:
-    pairs = {name: pair.tolist() for name, pair in sums_and_counts.items()}
-    row = {name: total / count for name, (total, count) in pairs.items() if count > 0}
-    return row | {name: float(value) for name, value in maxima.items()}
+    def _row(
+        self, device: torch.device, *, summed: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Bring all sums and counts together at once, and all maxima: one wait for the device each, however many."""
+        row: dict[str, float] = {}
+        if self._sums:
+            pairs = [torch.stack([x.to(device) for x in values.values()]) for values in (self._sums, self._counts)]
+            totals, counts = summed(torch.stack(pairs)).tolist()
+            found = zip(self._sums, totals, counts, strict=True)
+            row = {name: total / count for name, total, count in found if count > 0}
+        if self._maxima:
+            maxima = largest(torch.stack([x.to(device) for x in self._maxima.values()])).tolist()
+            row |= dict(zip(self._maxima, maxima, strict=True))
+        return row
 
 
 class Clock:

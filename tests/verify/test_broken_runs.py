@@ -16,6 +16,7 @@ import rlft.algos.rollouts
 import rlft.algos.scoring
 import rlft.models.scorer
 import rlft.rollout.engine
+import rlft.rollout.table
 from rlft.functional import advantages
 from rlft.functional import kl as divergences
 from rlft.verify import divergence, exact, optimum, refill, sampled, training
@@ -133,7 +134,7 @@ def test_a_broken_sampler_is_seen(monkeypatch, part, broken, fails):
 def test_a_biased_sampler_is_seen_in_the_expected_gradient(monkeypatch, broken, algorithm):
     if broken is cold:  # too little to stop the run, enough to bend the gradient
         monkeypatch.setattr(rlft.algos.agreement, "MAX_LOGPROB_DIFFERENCE", 10.0)
-        break_(monkeypatch, rlft.rollout.engine, "sample", broken)
+        break_(monkeypatch, rlft.rollout.table, "sample", broken)
     else:
         break_(monkeypatch, rlft.rollout.engine, "uniforms", broken)
     check(drawn(algorithm), fails=("sampled groups, along the exact one",))

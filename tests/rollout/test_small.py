@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rlft.models.gpt2 import GPT2
+from rlft.rollout import small
+from rlft.rollout.cache import PrefixCache
+from rlft.rollout.sampling import Sampling
+from tests.models.tiny import logits_of, random_ids, tiny
+
+pytest.importorskip("numba")
+
+CPU = torch.device("cpu")
+EOS = 4
+PROMPTS = random_ids(1, [3, 1, 7, 12, 3])
+PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 4, 1, 0, 3, 2, 4])  # 19 rows: three blocks
+MAX_NEW = 14
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def policy_of(seed: int = 2, **sizes: Any) -> GPT2:
+    return tiny(seed, dtype=torch.float32, **({"n_positions": 32} | sizes))
+
+
+def uniforms(num_rows: int = len(PROMPT_OF_ROW), num_tokens: int = MAX_NEW) -> Tensor:
+    return torch.rand(num_rows, num_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def prefilled(policy: GPT2, prompts: list[list[int]]) -> tuple[PrefixCache, Tensor]:
+    """Prompts' keys and values, NaN beyond each one's length, and the hidden states that predict the first tokens."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    prefix = PrefixCache(lengths)
+    hidden = policy(ids, cache=prefix)[torch.arange(len(prompts)), lengths - 1]
+    for tensor in (*prefix.keys, *prefix.values):
+        tensor.transpose(1, 2)[torch.arange(ids.shape[1])[None] >= lengths[:, None]] = torch.nan
+    return prefix, hidden
+
+
+def decoded(
+    policy: GPT2,
+    *,
+    rows: list[int] | None = None,
+    draws: Tensor | None = None,
+    room: Tensor | None = None,
+    **changed: Any,
+) -> Result:
+    """Decode `rows` (all by default) of the batch: their draws and room are the batch's."""
+    prefix, hidden = prefilled(policy, PROMPTS)
+    chosen = torch.tensor(rows if rows is not None else list(range(len(PROMPT_OF_ROW))))
+    room = policy.context_length - prefix.lengths[PROMPT_OF_ROW] if room is None else room
+    prompt_of_row = PROMPT_OF_ROW[chosen]
+    settings: dict[str, Any] = {"max_new": MAX_NEW, "temperature": 1.0, "eos_id": EOS} | changed
+    draws = draws[chosen] if draws is not None else None
+    return small.decode(policy, prefix, hidden[prompt_of_row], prompt_of_row, room[chosen], draws, **settings)
+
+
+@torch.no_grad()
+def naive(
+    policy: GPT2, prompt: list[int], draws: Tensor | None, *, limit: int, temperature: float, eos_id: int | None
+) -> tuple[list[int], list[float]]:
+    """One row by a whole forward and a loop over the vocabulary for each token."""
+    ids, logprobs = list(prompt), []
+    while len(logprobs) < limit and (eos_id is None or not logprobs or ids[-1] != eos_id):
+        row = (logits_of(policy, torch.tensor([ids]))[0, -1] / temperature).log_softmax(-1)
+        token, cumulative = int(row.argmax()), 0.0
+        if draws is not None:
+            for token, probability in enumerate(row.exp().tolist()):  # noqa: B007
+                cumulative += probability
+                if cumulative > draws[len(logprobs)]:
+                    break
+        ids.append(token)
+        logprobs.append(float(row[token]))
+    return ids[len(prompt) :], logprobs
+
+
+@pytest.mark.parametrize(
+    ("sizes", "greedy", "temperature", "eos_id"),
+    [
+        ({}, False, 1.0, EOS),
+        ({}, False, 0.6, EOS),
+        ({}, False, 1.7, None),
+        ({}, True, 1.0, EOS),
+        ({}, True, 0.6, None),
+        ({"n_positions": 16}, False, 1.0, None),  # rows reach the end of the context at different lengths
+        ({"n_positions": 16}, False, 1.0, EOS),
+        ({"n_embd": 30, "n_head": 3, "n_layer": 1}, False, 1.0, EOS),  # no width is a multiple of eight
+        ({"n_embd": 6, "n_head": 1, "n_layer": 3}, False, 1.0, EOS),
+        ({"vocab_size": 131, "n_embd": 32, "n_head": 2}, False, 1.0, EOS),
+        ({"layer_norm_epsilon": 0.3}, False, 1.0, EOS),
+    ],
+    ids=str,
+)
+def test_a_row_equals_plain_float64_forwards(
+    sizes: dict[str, Any], greedy: bool, temperature: float, eos_id: int | None
+) -> None:
+    policy, draws = policy_of(**sizes), None if greedy else uniforms()
+    exact = copy.deepcopy(policy).double()
+    ids, logprobs, counts, stopped = decoded(policy, draws=draws, temperature=temperature, eos_id=eos_id)
+    for row, prompt in enumerate(PROMPTS[p] for p in PROMPT_OF_ROW.tolist()):
+        limit = min(MAX_NEW, policy.context_length - len(prompt))
+        row_draws = draws[row] if draws is not None else None
+        want, want_logprobs = naive(exact, prompt, row_draws, limit=limit, temperature=temperature, eos_id=eos_id)
+        n = len(want)
+        assert counts[row] == n
+        assert ids[row].tolist() == want + [0] * (MAX_NEW - n)
+        assert bool(stopped[row]) == (want[-1] == eos_id)
+        # float32 with sums in another order: up to 1e-5 at logits of several nats
+        torch.testing.assert_close(logprobs[row, :n].double(), torch.tensor(want_logprobs).double(), rtol=0, atol=2e-5)
+        assert not logprobs[row, n:].any()
+    assert (ids.dtype, logprobs.dtype) == (torch.int64, torch.float32)
+    assert (counts.dtype, stopped.dtype) == (torch.int64, torch.bool)
+
+
+def test_rows_end_in_every_way() -> None:
+    """So that the comparison above is one of rows that stop, that run out of room, and that go to the end."""
+    ids, _, counts, stopped = decoded(policy_of(), draws=uniforms())
+    assert 0 < stopped.sum() < len(stopped)
+    assert bool((ids[stopped, counts[stopped] - 1] == EOS).all())
+    assert (counts[~stopped] == MAX_NEW).all()
+    counts = decoded(policy_of(n_positions=16), draws=uniforms(), eos_id=None)[2]
+    assert set(counts.tolist()) == {4, 9, 13, MAX_NEW}
+
+
+def test_room_ends_a_row_that_did_not_stop() -> None:
+    free = decoded(policy_of(), draws=uniforms(), eos_id=None)
+    room = torch.arange(len(PROMPT_OF_ROW)) % 5 + 1
+    ids, logprobs, counts, stopped = decoded(policy_of(), draws=uniforms(), room=room, eos_id=None)
+    inside = torch.arange(MAX_NEW)[None] < room[:, None]
+    assert counts.equal(room) and not stopped.any()
+    assert ids.equal(free[0] * inside) and logprobs.equal(free[1] * inside)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_threads(threads: None, greedy: bool) -> None:
+    policy, draws = policy_of(n_embd=20), None if greedy else uniforms()
+    batch = decoded(policy, draws=draws)
+    for row in range(len(PROMPT_OF_ROW)):
+        alone = decoded(policy, rows=[row], draws=draws)
+        assert all(a[0].equal(b[row]) for a, b in zip(alone, batch, strict=True))
+    backwards = list(range(len(PROMPT_OF_ROW)))[::-1]
+    assert all(a.flip(0).equal(b) for a, b in zip(decoded(policy, rows=backwards, draws=draws), batch, strict=True))
+    for number in (2, 3, 40):
+        torch.set_num_threads(number)
+        assert all(a.equal(b) for a, b in zip(decoded(policy, draws=draws), batch, strict=True))
+
+
+def with_logits(logits: list[float]) -> GPT2:
+    """A policy whose next-token logits are these after whatever tokens: the last norm gives (1, 0, ...)."""
+    policy = policy_of(vocab_size=len(logits))
+    with torch.no_grad():
+        policy.ln_f.weight.zero_()
+        policy.ln_f.bias.zero_()[0] = 1.0
+        policy.wte.weight[:, 0] = torch.tensor(logits)
+    return policy
+
+
+def drawn(policy: GPT2, draws: Tensor | None, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One row of as many tokens as there are draws."""
+    prefix, hidden = prefilled(policy, [[1]])
+    one, room, max_new = torch.zeros(1, dtype=torch.int64), torch.tensor([50]), 3 if draws is None else len(draws)
+    rows = draws[None] if draws is not None else None
+    out = small.decode(policy, prefix, hidden, one, room, rows, max_new=max_new, temperature=temperature, eos_id=None)
+    return out[0][0], out[1][0]
+
+
+def test_the_token_is_the_first_whose_cumulative_probability_exceeds_the_draw() -> None:
+    # Probabilities 0, 1/8, 1/8, 0, 3/4, 0; exp(-200) is 0 in float32.
+    policy = with_logits([-200.0, 0.0, 0.0, -200.0, float(np.log(6)), -200.0])
+    draws = torch.tensor([0.0, 0.1249, 0.1251, 0.2499, 0.2501, 0.9999, 1 - 2**-53], dtype=torch.float64)
+    ids, logprobs = drawn(policy, draws)
+    assert ids.tolist() == [1, 1, 2, 2, 4, 4, 4]
+    expected = torch.tensor([1 / 8, 1 / 8, 1 / 8, 1 / 8, 3 / 4, 3 / 4, 3 / 4]).log()
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-6)  # float32
+    ids, logprobs = drawn(policy, draws, temperature=0.5)  # 0, 1/38, 1/38, 0, 36/38, 0
+    assert ids.tolist() == [1, 4, 4, 4, 4, 4, 4]
+    torch.testing.assert_close(logprobs[:2], torch.tensor([1 / 38, 36 / 38]).log(), rtol=0, atol=1e-6)
+
+
+def test_greedy_takes_the_first_of_the_largest_logits() -> None:
+    ids, logprobs = drawn(with_logits([-3.0, -1.0, -2.0, -1.0, -1.0]), None)
+    assert ids.tolist() == [1, 1, 1]
+    total = 3 * np.exp(-1) + np.exp(-2) + np.exp(-3)
+    torch.testing.assert_close(logprobs, torch.full((3,), -1 - np.log(total)).float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_nan_shows_in_the_logprobs_and_not_in_the_ids(greedy: bool) -> None:
+    policy = policy_of()
+    with torch.no_grad():
+        policy.h[1].mlp.c_fc.bias[3] = torch.nan
+    ids, logprobs, *_ = decoded(policy, draws=None if greedy else uniforms(), eos_id=None)
+    assert logprobs.isnan().all()
+    assert ids.min() >= 0 and ids.max() < policy.vocab_size
+
+
+def test_what_it_is_given_stays_as_it_was() -> None:
+    policy = policy_of()
+    prefix, hidden = prefilled(policy, [PROMPTS[3]])
+    given = [hidden, *prefix.keys, *prefix.values, *policy.parameters()]
+    before = [tensor.clone() for tensor in given]
+    one = torch.zeros(1, dtype=torch.int64)
+    small.decode(policy, prefix, hidden, one, one + 9, uniforms(1), max_new=MAX_NEW, temperature=0.7, eos_id=EOS)
+    assert all(a.equal(b) for a, b in zip(given, before, strict=True))
+
+
+def test_exp_is_right_to_two_units_in_the_last_place() -> None:
+    x = np.linspace(-87, 88, 4001, dtype=np.float32)
+    want = np.exp(x.astype(np.float64))
+    got = np.array([small._exp(v) for v in x], dtype=np.float64)
+    assert (np.abs(got - want) <= 2 * np.spacing(want.astype(np.float32))).all()
+    assert small._exp(np.float32(-87.5)) == 0
+    assert np.isnan(small._exp(np.float32(np.nan)))
+
+
+class Subclass(GPT2):
+    pass
+
+
+def test_it_fits_what_it_can_do_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, plain = policy_of(), Sampling(10)
+    assert small.fits(policy, plain, CPU)
+    assert small.fits(policy, Sampling(10, greedy=True), CPU)
+    assert small.fits(policy, Sampling(10, temperature=0.5), CPU)
+    assert not small.fits(policy, replace(plain, top_k=3), CPU)
+    assert not small.fits(policy, replace(plain, top_p=0.9), CPU)
+    assert not small.fits(policy, replace(plain, min_new_tokens=1), CPU)
+    assert not small.fits(policy, plain, torch.device("cuda"))
+    assert not small.fits(copy.deepcopy(policy).to("meta"), plain, CPU)
+    assert not small.fits(copy.deepcopy(policy).double(), plain, CPU)
+    assert not small.fits(copy.deepcopy(policy).bfloat16(), plain, CPU)
+    assert not small.fits(Subclass(policy.config), plain, CPU)
+    assert not small.fits(GPT2(replace(policy.config, is_causal=False)), plain, CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not small.fits(policy, plain, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(small, "MAX_PARAMETERS", policy.num_parameters())
+        assert small.fits(policy, plain, CPU)
+        patch.setattr(small, "MAX_PARAMETERS", policy.num_parameters() - 1)
+        assert not small.fits(policy, plain, CPU)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not small.fits(policy, plain, CPU)
