@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from rlft import build
 from rlft.config import checked
 from rlft.memory import restart_with_huge_pages
+from rlft.models.heads import Critic
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
 from rlft.trainer import efficiency
@@ -127,10 +128,12 @@ def steps(args: argparse.Namespace, job: Any, config: Any, directory: Path) -> t
             rows.append(made)
     names = sorted({key for made in rows for row in made for key in row if key.startswith("time/")})
     parts = {name: statistics.median(sum(row.get(name, 0.0) for row in made) for made in rows) for name in names}
-    parts["update_mfu"] = statistics.median(row["efficiency/update_mfu"] for made in rows for row in made)
+    has_critic = isinstance(job.algorithm.head, Critic)  # a model of its own, as large as the policy
+    if not has_critic:  # the metric counts the policy alone
+        parts["update_mfu"] = statistics.median(row["efficiency/update_mfu"] for made in rows for row in made)
     # Passes over a batch that are really needed: a backward is two, and a rollout reads what it then scores.
     online = args.work != "sft"
-    passes = 3 * updates + online + (online and job.algorithm.reference is not None) + (job.algorithm.head is not None)
+    passes = 3 * updates * (1 + has_critic) + online + (online and job.algorithm.reference is not None) + has_critic
     parts["mfu"] = passes * share(job, trainer.batch.rows, statistics.median(seconds))
     return seconds, parts
 

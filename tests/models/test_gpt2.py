@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import rlft.models.gpt2
 from rlft.errors import ConfigError
 from rlft.models.gpt2 import GPT2, GPT2Config
 from tests.models.peer import peer, saved
-from tests.models.tiny import logits_of, tiny
+from tests.models.tiny import logits_of, random_ids, tiny
 
 SIZES = [
     # vocab_size, n_positions, n_embd, n_layer, n_head, layer_norm_epsilon
@@ -213,3 +214,20 @@ def test_an_input_longer_than_the_context_is_refused() -> None:
 def test_impossible_sizes_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPT2Config(**wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (2, 6)])
+def test_few_rows_without_a_gradient_take_the_product_the_other_way_round(shape, monkeypatch) -> None:
+    policy = tiny()
+    ids = random_ids(3, [shape[0] * shape[1]])[0]
+    ids = torch.tensor(ids).view(shape)
+    with torch.no_grad():
+        plain = policy(ids)
+        calls = []
+        right = torch.addmm
+        monkeypatch.setattr(torch, "addmm", lambda *given: calls.append(1) or right(*given))
+        monkeypatch.setattr(rlft.models.gpt2, "MANY_WEIGHTS", 1)
+        torch.testing.assert_close(policy(ids), plain, rtol=0, atol=1e-12)
+    assert len(calls) == 8  # four in each of two layers
+    policy(ids)
+    assert len(calls) == 8  # with a gradient none
