@@ -22,9 +22,12 @@ VARIABLE = "GLIBC_TUNABLES"
 def restart_with_huge_pages() -> None:
     """Start this process's command again under `TUNABLES`, once; whoever sets GLIBC_TUNABLES is left alone.
 
-    Does nothing where the C library is another one. Call it first: what the process has done so far is done again.
+    Does nothing where the C library is another one, or where another program runs this one as a part of itself. Call it
+    first: what the process has done so far is done again.
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or VARIABLE in os.environ:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    is_command = (sys.argv[0] if spec is None else spec.name) in sys.orig_argv
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or VARIABLE in os.environ or not is_command:
         return
     settings = ":".join(f"{name}={value}" for name, value in TUNABLES.items())
     os.execve(sys.executable, sys.orig_argv, os.environ | {VARIABLE: settings})
