@@ -78,7 +78,10 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
             axis.set_title(f"exponent {exponent(points, key):.2f}", fontsize=9)
             axis.set_xlabel(name)
             axis.set_ylabel(label if not column else "")
-            axis.set_ylim(bottom=min(values) / 3 if not column else None)
+            everything = [p[key] for points in results.values() for p in points]
+            axis.set_ylim(min(everything) / 2, max(everything) * 2)
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=7, rotation=45)
+            axis.xaxis.set_minor_locator(pyplot.NullLocator())
     axes[0][0].legend()
     figure.savefig(path, dpi=110)
 
