@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.ours import PRESETS
 from benchmarks.versus import line
+from rlft.run import source_commit
 
 HERE = Path(__file__).parent
 BASE = {"preset": "char2m", "prompts": 4, "group": 8, "plen": 32, "clen": 32}
@@ -99,7 +100,8 @@ def main() -> None:
             print(name, [(p["size"], round(p["seconds"], 3), p["gib"]) for p in results[name]], flush=True)
     layers, heads, width, _ = PRESETS[str(BASE["preset"])]
     provenance = (
-        f"{datetime.now(UTC):%Y-%m-%d}; medians of {args.steps} steps after 1 of warm-up; {platform.machine()}, "
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {source_commit()}, seed 0; "
+        f"medians of {args.steps} steps after 1 of warm-up; {platform.machine()}, "
         f"{os.cpu_count()} CPU cores, float32, torch {torch.__version__}. Around: {layers} layers, {heads} heads, "
         f"width {width}, vocabulary 96, 4 prompts of 32 tokens, groups of 8, 32 new ones. The last model's vocabulary "
         f"is 50,257."

@@ -23,6 +23,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlft.run import source_commit
+
 HERE = Path(__file__).parent
 SMALL = "--preset tiny --prompts 8 --group 8 --plen 32 --clen 64"
 MIDDLE = "--preset char10m --prompts 8 --group 8 --plen 32 --clen 64"
@@ -122,14 +124,15 @@ def row(rounds: list[tuple[dict, dict]], warmup: int) -> dict:
         "steps": len(ours), "warmup": warmup,
         "versions": {"trl": first.get("trl"), "transformers": first.get("tf"), "torch": second["torch"]},
         "threads": second["threads"], "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "date": datetime.date.today().isoformat(),
+        "date": datetime.date.today().isoformat(), "commit": source_commit(),
     }  # fmt: skip
 
 
 def provenance(one: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items() if version)
     return (
-        f"{one['date']}; {one['steps']} steps after {one['warmup']} of warm-up a round; {one['machine']}, "
+        f"{one['date']}, commit {one['commit']}, seed 0; {one['steps']} steps, after {one['warmup']} of warm-up in "
+        f"each round; {one['machine']}, "
         f"{one['threads']} threads, float32; {versions}"
     )
 

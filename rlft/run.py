@@ -47,7 +47,7 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
             build.trainer(job, config, run_dir=run_dir, progress=progress)  # its refusals are part of the plan
         return EXIT_DONE
     with _locked(run_dir), _signals() as stop:
-        commit = _commit()
+        commit = source_commit()
         _check_start(run_dir, config)
         job = build.build(config)
         summary: dict = {}
@@ -203,7 +203,7 @@ def _finish(
     return summary
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """Return the source's git commit, with -dirty where files differ from it; None outside a checkout."""
     if shutil.which("git") is None:
         return None

@@ -8,6 +8,7 @@ out: it is what the two share (TRL's implicit prompt).
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ RESERVED = ("prompts", "completions", "completion_ids")  # keywords that a rewar
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
-class Table:
+class Table(ABC):
     """Base of the sources that read records; a subclass says how one of its inputs is read.
 
     Args:
@@ -76,9 +77,9 @@ class Table:
         """Raise `ConfigError` unless the input, a file, exists."""
         check_file(path)
 
+    @abstractmethod
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield each record of one input with its place; a `DataError` in place of one that cannot be read."""
-        raise NotImplementedError
 
     @cached_property
     def _read(self) -> tuple[dict[str, list[Row]], dict[str, int]]:

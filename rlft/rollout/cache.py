@@ -8,6 +8,8 @@ not fill the slots before they came: the mask hides these. Positions are given t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,18 +17,20 @@ from torch import Tensor
 from rlft.models.base import CacheShape
 
 
-class ExtendedCache:
+class ExtendedCache(ABC):
     """A cache whose attention is the plain one over what `extend` returns, under `mask`."""
 
     def __init__(self) -> None:
         self.used = 0
         self._mask: Tensor | None = None
 
+    @abstractmethod
     def mask(self, num_new: int) -> Tensor | None:
-        raise NotImplementedError
+        """As `Cache.mask`."""
 
+    @abstractmethod
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """As `Cache.extend`."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:
         if layer == 0:

@@ -160,15 +160,13 @@ class _Queue:
 
 @dataclass
 class _Active:
-    """A rows that decode together."""
+    """Rows that decode together, A of them."""
 
     rows: Tensor  # [A] their numbers
     done: Tensor  # [A] tokens that each has drawn
     position: Tensor  # [A] of each one's next token
     hidden: Tensor  # [A, C] that predicts it
-    cache: (
-        DecodeCache | SharedDecodeCache | graph.StaticCache | None
-    )  # None where one new token is all: it follows from the prompt alone
+    cache: DecodeCache | SharedDecodeCache | graph.StaticCache | None  # None: one new token follows from the prompt
     prefix: PrefixCache
     prompt_of_row: Tensor  # [A] in `prefix`
     is_mixed: bool = False  # whether some joined later than others

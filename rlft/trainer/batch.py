@@ -86,11 +86,13 @@ class Batch:
         return Batch(moved, values, rows_per_unit=unit, num_read=self.num_read)
 
     def select(self, index: Tensor) -> Batch:
-        """Return the rows of `index` (int64, ascending) with all prompts."""
+        """Return the rows of `index` (int64, ascending) with their prompts."""
         r = self.rows
+        prompts, prompt_of_row = torch.unique(r.prompt_of_row[index], return_inverse=True)
         rows = Rows(
-            r.prompt_ids, r.prompt_lengths, r.prompt_of_row[index], r.completion_ids[index], r.completion_mask[index]
-        )
+            r.prompt_ids[prompts], r.prompt_lengths[prompts], prompt_of_row, r.completion_ids[index],
+            r.completion_mask[index],
+        )  # fmt: skip
         return Batch(rows, {name: value[index] for name, value in self.values.items()})
 
     def micro_batches(self, *, max_rows: int | None = None, max_tokens: int | None = None) -> Iterator[Batch]:

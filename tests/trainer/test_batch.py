@@ -166,3 +166,10 @@ def test_units_are_not_divided_although_their_prompts_differ():
     made = Batch(rows, {"weights": torch.arange(4.0)}, rows_per_unit=2).by_length()
     assert made.values["weights"].tolist() == [2, 3, 0, 1]
     assert made.rows_per_unit == 2
+
+
+def test_selected_rows_bring_their_prompts_and_no_others(batch):
+    made = batch.select(torch.tensor([1, 5]))
+    assert unpadded(made) == [expected_rows()[1], expected_rows()[5]]
+    assert made.rows.prompt_lengths.tolist() == [3, 2]  # nothing of the prompt [4] is forwarded
+    assert made.rows.prompt_of_row.tolist() == [0, 1]
