@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
-from rlft.counted import generator, order
+from rlft.counted import generator, order, random_rows
 
 WORD = 2**64
 
@@ -37,6 +37,12 @@ def test_a_draw_is_philox_at_the_key_and_the_counts(seed: int, stream: str, coun
     words = [w for block in range(1, 4) for w in philox([block, *counts], [seed, zlib.crc32(stream.encode())])]
     expected = np.array([w >> 11 for w in words], dtype=np.float64) * 2.0**-53
     np.testing.assert_array_equal(generator(seed, stream, *counts).random(12), expected)
+
+
+def test_rows_of_draws_are_those_of_a_generator_each() -> None:
+    counts = [(2, 3, 4), (0, 0, 0), (2, 3, 4), (1, 10**6, 2**40)]
+    expected = np.stack([generator(7, "rollout", *count).random(9) for count in counts])  # blocks of four
+    np.testing.assert_array_equal(random_rows(7, "rollout", counts, size=9), expected)
 
 
 def test_nothing_is_kept_between_draws() -> None:

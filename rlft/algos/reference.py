@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from rlft.algos.kl import KLPenalty
-from rlft.algos.scoring import exact_token_kl, frozen_scores
+from rlft.algos.scoring import critic_values, exact_token_kl, frozen_scores
 from rlft.functional.logprobs import token_logprobs
 from rlft.models.base import CausalLM
-from rlft.models.heads import Head
+from rlft.models.heads import Critic, Head
 from rlft.models.rows import Rows
 from rlft.models.scorer import Scores, scatter
 from rlft.rollout.engine import Rollout
@@ -51,7 +51,9 @@ class FrozenSide:
         ref_hidden [B, T, C]."""
         values, batch, temperature = {"old_logprobs": rollout.logprobs}, Batch(rollout.rows), self.sampling.temperature
         with self.autocast():
-            if self.head is not None or not self.sampling.is_plain:
+            if isinstance(self.head, Critic) and self.sampling.is_plain:
+                values["old_values"] = critic_values(self.head, batch, **self.limits)
+            elif self.head is not None or not self.sampling.is_plain:
                 own = frozen_scores(self.policy, batch, temperature=temperature, head=self.head, **self.limits)
                 values |= {} if self.sampling.is_plain else {"old_logprobs": own.logprobs}
                 values |= {} if own.values is None else {"old_values": own.values}

@@ -13,7 +13,7 @@ from rlft.functional.advantages import centre_groups
 from rlft.functional.kl import exact
 from rlft.functional.logprobs import CHUNK_BYTES, exact_kl
 from rlft.models.base import CausalLM
-from rlft.models.heads import Head
+from rlft.models.heads import Critic, Head
 from rlft.models.scorer import Scorer, scatter
 from rlft.rewards.compose import RewardOutput, RewardSum
 from rlft.rollout.engine import Rollout
@@ -116,6 +116,17 @@ def frozen_scores(
     return FrozenScores(
         scatter(torch.cat(logprobs), mask), states, scatter(torch.cat(values), mask) if values else None
     )
+
+
+@torch.no_grad()
+def critic_values(critic: Critic, batch: Batch, *, max_rows: int | None, max_tokens: int | None) -> Tensor:
+    """Return a critic's values [B, T] without a gradient; the policy, which it does not read, is not run."""
+    was_training = critic.training
+    critic.eval()
+    micro_batches = batch.micro_batches(max_rows=max_rows, max_tokens=max_tokens)
+    values = torch.cat([critic(None, micro.rows) for micro in micro_batches])
+    critic.train(was_training)
+    return scatter(values, batch.rows.completion_mask)
 
 
 def exact_token_kl(

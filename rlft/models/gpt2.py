@@ -23,6 +23,7 @@ from rlft.counted import generator
 from rlft.errors import CheckpointError, ConfigError
 from rlft.models.base import Cache, CacheShape, CausalLM
 from rlft.models.files import CONFIG_KEY, read_weights
+from rlft.models.gelu import gelu
 
 # Published Conv1D weights are [in, out]; nn.Linear holds [out, in].
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -101,7 +102,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        x = self.c_proj(gelu(self.c_fc(x)))
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -233,8 +234,9 @@ class GPT2(CausalLM):
             for name, parameter in self.named_parameters():
                 if parameter.dim() >= 2:
                     std = residual_std if name.endswith("c_proj.weight") else initializer_range
-                    noise = generator(seed, f"init/{name}").standard_normal(parameter.shape)
-                    parameter.copy_(torch.from_numpy(noise) * std)
+                    draws = generator(seed, f"init/{name}")
+                    for rows in parameter.split(max(1, 2**18 // parameter[0].numel())):  # not all in float64 at once
+                        rows.copy_(torch.from_numpy(draws.standard_normal(rows.shape)) * std)
                 elif name.endswith("bias"):
                     parameter.zero_()
 

@@ -42,7 +42,7 @@ class Critic(Head):
         super().__init__()
         self.trunk, self.linear, self.lr_scale = copy.deepcopy(policy), _zero_linear(policy), lr_scale
 
-    def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
+    def forward(self, hidden: Tensor | None, rows: Rows) -> Tensor:
         return self.linear(predictors(self.trunk, rows))[:, 0]
 
 

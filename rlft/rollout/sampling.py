@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.counted import generator
+from rlft.counted import random_rows
 from rlft.errors import ConfigError
 
 BLOCK = 256  # tokens whose mass is first summed, in a large vocabulary
@@ -68,11 +68,8 @@ def uniforms(
 
     The draw at position t depends on (seed, stream, step, prompt, member, t) only.
     """
-    rows = [
-        generator(seed, stream, member, prompt, step).random(num_tokens)
-        for prompt, member in zip(prompts, members, strict=True)
-    ]
-    return np.stack(rows)
+    counts = [(member, prompt, step) for prompt, member in zip(prompts, members, strict=True)]
+    return random_rows(seed, stream, counts, size=num_tokens)
 
 
 def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ the rows beside it nor on the number of threads.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeGuard
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlft import compiled
+from rlft.compiled import exp, f32, sigmoid_2u
 from rlft.models.base import CausalLM
 from rlft.models.gpt2 import GPT2
 from rlft.rollout.cache import PrefixCache
@@ -27,7 +28,6 @@ from rlft.rollout.sampling import Sampling
 
 MAX_PARAMETERS = 1_000_000  # there it is still 1.6 times as fast at 256 rows; at three times as many, 1.2
 BLOCK = 8  # rows that a thread takes through a layer together, while the layer's weights are in the nearest cache
-f32 = np.float32  # around literals in compiled code: Python's would make float64 of what they meet
 
 
 class _Weights(NamedTuple):
@@ -55,7 +55,7 @@ def fits(policy: CausalLM, sampling: Sampling, device: torch.device) -> TypeGuar
         and device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and (sampling.top_k, sampling.top_p, sampling.min_new_tokens) == (0, 1.0, 0)
-        and importlib.util.find_spec("numba") is not None
+        and compiled.is_possible()
     )
 
 
@@ -130,15 +130,9 @@ def _weights(policy: GPT2) -> _Weights:
 
 @functools.cache
 def _compiled() -> Callable[..., None]:
-    from numba import njit
-    from numba.extending import register_jitable
-
-    # Sums may be reordered, so that they vectorise; infinities and NaNs keep their meaning.
-    options: dict[str, Any] = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
-    for function in (_normalise, _linear, _attend, _gelu, _choose, _largest):
-        register_jitable(**options)(function)
-    register_jitable(**options | {"fastmath": {"contract"}})(_exp)  # reordered, its rounding would cancel out
-    return njit(nogil=True, cache=True, **options)(_decode_rows)
+    """Return `_decode_rows`; its sums may be reordered, so that they vectorise. Infinities and NaNs stay."""
+    options = compiled.options("reassoc", "contract", "nsz", "arcp")
+    return compiled.function(_decode_rows, options, calls=(_normalise, _linear, _attend, _gelu, _choose, _largest))
 
 
 def _decode_rows(w, epsilon, temperature, end, cache, lengths, y, room, draws, ids, logprobs, counts, stopped):
@@ -234,7 +228,7 @@ def _attend(qkv, keys, values, position, scores, y):
                 scores[t] += q * keys[h, d, t]
         largest, total = _largest(scores, n), f32(0)
         for t in range(n):
-            scores[t] = _exp(scores[t] - largest)
+            scores[t] = exp(scores[t] - largest)
             total += scores[t]
         for d in range(width):
             mixed = f32(0)
@@ -244,11 +238,10 @@ def _attend(qkv, keys, values, position, scores, y):
 
 
 def _gelu(x, n):
-    """Apply 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), to x `[n, 4 C]`."""
+    """Apply tanh GELU to x `[n, 4 C]`."""
     for r in range(n):
         for c in range(x.shape[1]):
-            v = x[r, c]
-            x[r, c] = v / (f32(1) + _exp(f32(-1.5957691216057308) * (v + f32(0.044715) * v * v * v)))
+            x[r, c] *= sigmoid_2u(x[r, c])
 
 
 def _choose(logits, temperature, draw, scratch):
@@ -258,7 +251,7 @@ def _choose(logits, temperature, draw, scratch):
         logits[v] /= temperature
     largest, total = _largest(logits, V), 0.0
     for v in range(V):
-        scratch[v] = _exp(logits[v] - largest)
+        scratch[v] = exp(logits[v] - largest)
         total += scratch[v]
     token, v, cumulative = 0, 0, 0.0
     if draw < 0:
@@ -281,16 +274,3 @@ def _largest(x, n):
         key = np.int32(bits ^ ((bits >> np.int32(31)) & rest))
         best = key if key > best else best
     return np.int32(best ^ ((best >> np.int32(31)) & rest)).view(f32)
-
-
-def _exp(x):
-    """Return exp(x), 0 below -87: 2^k exp(r), |r| <= log(2) / 2, as in Cephes' expf; a call would not be vectorised."""
-    bounded = f32(88) if x > f32(88) else x
-    shifted = bounded * f32(1.4426950408889634) + f32(12582912)  # 1.5 * 2^23 leaves k in the last bits
-    k = shifted - f32(12582912)
-    r = bounded - k * f32(0.693359375) - k * f32(-2.12194440e-4)
-    p = f32(1.9875691500e-4) * r + f32(1.3981999507e-3)
-    p = (p * r + f32(8.3334519073e-3)) * r + f32(4.1665795894e-2)
-    p = (p * r + f32(1.6666665459e-1)) * r + f32(5.0000001201e-1)
-    power = np.int32((f32(shifted).view(np.int32) + 127) << 23).view(f32)  # 2^k: k is in the exponent's place
-    return f32(0) if x < f32(-87) else (p * r * r + r + f32(1)) * power

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlft import compiled
 from rlft.models.gpt2 import GPT2
 from rlft.rollout import small
 from rlft.rollout.cache import PrefixCache
@@ -221,15 +221,6 @@ def test_what_it_is_given_stays_as_it_was() -> None:
     assert all(a.equal(b) for a, b in zip(given, before, strict=True))
 
 
-def test_exp_is_right_to_two_units_in_the_last_place() -> None:
-    x = np.linspace(-87, 88, 4001, dtype=np.float32)
-    want = np.exp(x.astype(np.float64))
-    got = np.array([small._exp(v) for v in x], dtype=np.float64)
-    assert (np.abs(got - want) <= 2 * np.spacing(want.astype(np.float32))).all()
-    assert small._exp(np.float32(-87.5)) == 0
-    assert np.isnan(small._exp(np.float32(np.nan)))
-
-
 class Subclass(GPT2):
     pass
 
@@ -255,5 +246,5 @@ def test_it_fits_what_it_can_do_and_nothing_else(monkeypatch: pytest.MonkeyPatch
         assert small.fits(policy, plain, CPU)
         patch.setattr(small, "MAX_PARAMETERS", policy.num_parameters() - 1)
         assert not small.fits(policy, plain, CPU)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compiled, "is_possible", lambda: False)
     assert not small.fits(policy, plain, CPU)

@@ -1,0 +1,77 @@
+"""What code that numba compiles has in common: how it is compiled, and the functions that all of it calls.
+
+numba is an optional dependency (the extra `fast`) and takes a while to import: nothing is imported before something is
+compiled. What was compiled is kept beside the source, for the next process. numba looks for changes in the file of the
+compiled function only: after one in this file, delete `__pycache__/*.nbi`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+f32 = np.float32  # around literals in compiled code: Python's would make float64 of what they meet
+
+
+class _Flags(set[str]):
+    """Flags in one order. numba writes them into names, and names decide what LLVM inlines: bits would hang on it."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(super().__iter__()))
+
+    def copy(self) -> _Flags:
+        return _Flags(self)
+
+
+def options(*flags: str) -> dict[str, Any]:
+    """Return numba's options; `flags` are the liberties that LLVM may take with floating-point arithmetic."""
+    return {"error_model": "numpy", "fastmath": _Flags(flags)}
+
+
+@functools.cache
+def is_possible() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def function(python: Callable[..., Any], options: dict[str, Any], *, calls: tuple[Any, ...] = ()) -> Callable[..., Any]:
+    """Return a function compiled for the types of each call; `calls` are its own, compiled in the same way.
+
+    It runs without the interpreter's lock.
+    """
+    from numba import njit
+    from numba.extending import register_jitable
+
+    _share()
+    for called in calls:
+        register_jitable(**options)(called)
+    return njit(nogil=True, cache=True, **options)(python)
+
+
+@functools.cache
+def _share() -> None:
+    from numba.extending import register_jitable
+
+    for shared in (exp, sigmoid_2u):  # reordered, the rounding in exp would cancel out
+        register_jitable(**options("contract"))(shared)
+
+
+def sigmoid_2u(x):
+    """Return 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3): what tanh GELU multiplies x by."""
+    return f32(1) / (f32(1) + exp(f32(-1.5957691216057308) * (x + f32(0.044715) * x * x * x)))
+
+
+def exp(x):
+    """Return exp(x), 0 below -87: 2^k exp(r), |r| <= log(2) / 2, as in Cephes' expf; a call would not be vectorised."""
+    bounded = f32(88) if x > f32(88) else x
+    shifted = bounded * f32(1.4426950408889634) + f32(12582912)  # 1.5 * 2^23 leaves k in the last bits
+    k = shifted - f32(12582912)
+    r = bounded - k * f32(0.693359375) - k * f32(-2.12194440e-4)
+    p = f32(1.9875691500e-4) * r + f32(1.3981999507e-3)
+    p = (p * r + f32(8.3334519073e-3)) * r + f32(4.1665795894e-2)
+    p = (p * r + f32(1.6666665459e-1)) * r + f32(5.0000001201e-1)
+    power = np.int32((f32(shifted).view(np.int32) + 127) << 23).view(f32)  # 2^k: k is in the exponent's place
+    return f32(0) if x < f32(-87) else (p * r * r + r + f32(1)) * power

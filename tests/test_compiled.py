@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from rlft import compiled
+from rlft.compiled import exp
+
+OBJECT_CODE = """
+import hashlib
+from tests.rollout import test_small
+test_small.decoded(test_small.policy_of())
+(made,) = test_small.small._compiled().overloads.values()
+print(hashlib.sha256(made.library._compiled_object).hexdigest())
+"""
+
+
+def test_exp_is_right_to_two_units_in_the_last_place() -> None:
+    x = np.linspace(-87, 88, 4001, dtype=np.float32)
+    want = np.exp(x.astype(np.float64))
+    got = np.array([exp(v) for v in x], dtype=np.float64)
+    assert (np.abs(got - want) <= 2 * np.spacing(want.astype(np.float32))).all()
+    assert exp(np.float32(-87.5)) == 0
+    assert np.isnan(exp(np.float32(np.nan)))
+
+
+def test_flags_have_one_order_in_names_and_copies() -> None:
+    flags = compiled.options("reassoc", "contract", "nsz", "arcp")["fastmath"]
+    for same in (flags, flags.copy()):
+        assert str(same) == "_Flags({'arcp', 'contract', 'nsz', 'reassoc'})"
+
+
+def test_every_process_compiles_the_same_code(tmp_path) -> None:
+    """Bits would otherwise change where a run is resumed by another process than the one that compiled for it."""
+    pytest.importorskip("numba")
+    made = set()
+    for seed in ("1", "3"):
+        variables = {"NUMBA_CACHE_DIR": str(tmp_path / seed), "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", OBJECT_CODE]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables)
+        made.add(done.stdout.strip())
+    assert len(made) == 1
