@@ -229,7 +229,8 @@ def _decode(policy: CausalLM, active: _Active, table: Table, *, until_free: int)
     can_end, num_rows, cache = table.ends_early or active.is_mixed, len(active.rows), active.cache
     assert not isinstance(cache, graph.StaticCache)
     for step in range(1, table.max_new + 1):
-        token = table.draw((active.hidden @ head) / table.sampling.temperature, active.rows, active.done)
+        logits, temperature = active.hidden @ head, table.sampling.temperature
+        token = table.draw(logits if temperature == 1.0 else logits / temperature, active.rows, active.done)
         active.done, has_room_to_join = active.done + 1, False
         if step == table.max_new or cache is None:
             break

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlft.counted import random_rows
@@ -89,13 +88,15 @@ def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         ids, _ = _place(probabilities.cumsum(dim=1, dtype=torch.float64), uniform)
     else:
         # First the block of tokens that the draw falls in, then the token in it: float64 for two short sums only.
-        blocks = F.pad(probabilities, (0, -logits.shape[1] % BLOCK)).view(len(logits), -1, BLOCK)
-        mass = blocks.sum(dim=2, dtype=torch.float64)
+        V = logits.shape[1]
+        whole = probabilities[:, : V - V % BLOCK].view(len(logits), -1, BLOCK)
+        mass = torch.cat([whole.sum(dim=2), probabilities[:, V - V % BLOCK :].sum(dim=1, keepdim=True)], dim=1).double()
         cumulative = mass.cumsum(dim=1)
         block, target = _place(cumulative, uniform)
         size = mass.gather(1, block)
         rest = (target - (cumulative.gather(1, block) - size)) / size
-        inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+        places = block * BLOCK + torch.arange(BLOCK, device=block.device)
+        inside = torch.where(places < V, probabilities.gather(1, places.clamp(max=V - 1)), 0.0)
         place, _ = _place(inside.cumsum(dim=1, dtype=torch.float64), rest.clamp(0.0, BELOW_ONE))
         ids = block * BLOCK + place
     return ids[:, 0], logprobs.gather(1, ids)[:, 0]
