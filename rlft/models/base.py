@@ -53,6 +53,7 @@ class CausalLM(nn.Module, ABC):
     context_length: int  # the largest number of positions, prompt and completion together
     cache_shape: CacheShape
     takes_packed: bool = False  # whether attention is left to the cache, so that rows can be forwarded without padding
+    num_last_weights: int = 0  # of the matrices behind the last attention, which see `outputs` alone
     mask_id: int | None = None  # stands for a hidden token where attention goes both ways; None: it is causal
 
     @abstractmethod
@@ -61,6 +62,9 @@ class CausalLM(nn.Module, ABC):
 
         `positions` is int64 `[B, T]` (or `[1, T]`), 0, 1, 2, … in each row by default. Rows are right-padded: causal
         attention keeps what is after a row's end from its tokens, so no padding mask is needed.
+
+        Where `takes_packed`, `outputs` (int64 `[M]`, all by default) are the places whose states are wanted, and
+        `[B, M, C]` is returned.
         """
 
     @property

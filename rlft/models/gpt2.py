@@ -82,7 +82,7 @@ class Attention(nn.Module):
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
         self.is_causal = config.is_causal
 
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None, outputs: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
         dropout = self.dropout if self.training else 0.0
@@ -90,7 +90,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.is_causal and T > 1)
         else:
             y = cache.attend(self.layer, q, k, v, dropout=dropout)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.c_proj(_at(outputs, y.transpose(1, 2).reshape(B, T, C)))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -114,9 +114,14 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: Cache | None, outputs: Tensor | None = None) -> Tensor:
+        """Return `[B, T, C]`, or `[B, M, C]` of the M places `outputs`: the others are keys and values only."""
+        x = _at(outputs, x) + self.attn(self.ln_1(x), cache, outputs)
         return x + self.mlp(self.ln_2(x))
+
+
+def _at(places: Tensor | None, x: Tensor) -> Tensor:
+    return x if places is None else x.index_select(1, places)
 
 
 class GPT2(CausalLM):
@@ -134,6 +139,7 @@ class GPT2(CausalLM):
         self.config = config
         self.vocab_size, self.context_length = config.vocab_size, config.n_positions
         self.cache_shape = CacheShape(config.n_layer, config.n_head, config.n_embd // config.n_head)
+        self.num_last_weights = 9 * config.n_embd**2  # the last block's c_proj and MLP
         self.mask_id = None if config.is_causal else config.vocab_size
         self.wte = nn.Embedding(config.vocab_size + int(not config.is_causal), config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -179,7 +185,14 @@ class GPT2(CausalLM):
     def head_weight(self) -> Tensor:
         return self.wte.weight if self.mask_id is None else self.wte.weight[: self.vocab_size]
 
-    def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        outputs: Tensor | None = None,
+    ) -> Tensor:
         T = input_ids.shape[1]
         if cache is not None and self.mask_id is not None:
             raise ConfigError(
@@ -191,9 +204,9 @@ class GPT2(CausalLM):
                 raise ValueError(f"{T} tokens do not fit the model's {self.context_length} positions")
             positions = torch.arange(T, device=input_ids.device)[None]
         x = F.dropout(self.wte(input_ids) + self.wpe(positions), self.config.dropout, self.training)
-        for block in self.h:
+        for block in self.h[:-1]:
             x = block(x, cache)
-        return self.ln_f(x)
+        return self.ln_f(self.h[-1](x, cache, outputs))
 
     def config_dict(self) -> dict:
         sizes = asdict(self.config)

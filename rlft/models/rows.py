@@ -43,7 +43,8 @@ def predictors(policy: CausalLM, rows: Rows) -> Tensor:
     if not policy.takes_packed:
         return _padded_predictors(policy, rows)[rows.completion_mask]
     packed = _Unshared(rows) if _is_unshared(rows) else PackedRows(rows)
-    return policy(packed.ids[None], positions=packed.positions[None], cache=packed)[0].index_select(0, packed.before)
+    hidden = policy(packed.ids[None], positions=packed.positions[None], cache=packed, outputs=packed.outputs)
+    return hidden[0].index_select(0, packed.before)
 
 
 def prefill(policy: CausalLM, prompt_ids: Tensor, lengths: Tensor) -> tuple[Tensor, PrefixCache]:
@@ -54,8 +55,7 @@ def prefill(policy: CausalLM, prompt_ids: Tensor, lengths: Tensor) -> tuple[Tens
         return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1], prefix
     packed = PackedPrefix(lengths, num_slots=prompt_ids.shape[1])
     ids, positions = packed.packing.pack(prompt_ids), packed.packing.positions
-    hidden = policy(ids[None], positions=positions[None], cache=packed)
-    return hidden[0].index_select(0, packed.packing.ends), packed
+    return policy(ids[None], positions=positions[None], cache=packed, outputs=packed.packing.ends)[0], packed
 
 
 class Packing:
@@ -105,7 +105,11 @@ class PackedPrefix(PrefixCache):
 
 
 class PackedRows:
-    """P prompts and B completions as one row of N tokens, `[prompts | completions]`."""
+    """P prompts and B completions as one row of N tokens, `[prompts | completions]`.
+
+    Predictions are read at prompts' last tokens and at completions', the places `outputs` [M] of the N; `before`
+    tells for each counted token which of the M is the one before it.
+    """
 
     used = 0
 
@@ -117,11 +121,14 @@ class PackedRows:
         self.ids = torch.cat([prompts.pack(rows.prompt_ids), completions.pack(rows.completion_ids[:, :-1])])
         firsts = rows.prompt_lengths[rows.prompt_of_row, None].expand(completions.shape)
         self.positions = torch.cat([prompts.positions, completions.pack(firsts) + completions.positions])
-        behind = completions.starts[:, None] + torch.arange(completions.shape[1], device=device)
-        first = prompts.ends[rows.prompt_of_row, None]
-        before = torch.cat([first, prompts.num_tokens + behind], dim=1)  # [B, T], of the token before each
-        self.before = before[rows.completion_mask]
         num_prompts, num_rows = len(rows.prompt_ids), len(rows.prompt_of_row)
+        all_completions = torch.arange(completions.num_tokens, device=device)
+        self.outputs: Tensor | None = None  # where each prompt is one token: all are read
+        if prompts.num_tokens > num_prompts:
+            self.outputs = torch.cat([prompts.ends, prompts.num_tokens + all_completions])
+        behind = completions.starts[:, None] + torch.arange(completions.shape[1], device=device)
+        before = torch.cat([rows.prompt_of_row[:, None], num_prompts + behind], dim=1)  # [B, T]
+        self.before = before[rows.completion_mask]
         even = torch.arange(num_prompts, device=device).repeat_interleave(num_rows // num_prompts)
         self.is_even = torch.equal(rows.prompt_of_row, even)  # whether all groups have the same size
         self.expanded: ExpandedPrefix | None = None
@@ -157,8 +164,11 @@ class _Unshared(PackedPrefix):
         of_completion = rows.completion_ids.gather(1, (place - prompt_lengths).clamp(min=0, max=T - 1))
         self.ids = self.packing.pack(torch.where(place < prompt_lengths, of_prompt, of_completion))
         self.positions = self.packing.positions
-        before = self.packing.starts[:, None] + prompt_lengths - 1 + torch.arange(T, device=read.device)  # [B, T]
-        self.before = before[rows.completion_mask]
+        ends = self.packing.pack((prompt_lengths - 1).expand(self.packing.shape))  # [N], where each token's prompt ends
+        outputs = (self.positions >= ends).nonzero()[:, 0]
+        self.outputs = outputs if len(outputs) < self.packing.num_tokens else None
+        starts = (read + 1).cumsum(0) - (read + 1)  # [B], of each row among the outputs
+        self.before = (starts[:, None] + torch.arange(T, device=read.device))[rows.completion_mask]
 
 
 def _is_unshared(rows: Rows) -> bool:

@@ -17,8 +17,9 @@ from rlft.trainer.batch import Batch
 def forward_flops(policy: CausalLM, rows: Rows) -> float:
     """Return the floating-point operations that one forward over the rows needs: each prompt once, no padding.
 
-    2 for each weight of a matrix and token read (Kaplan et al., arXiv:2001.08361, section 2.1), 2 V C for each token
-    predicted, and 4 D for each head and pair of tokens that attend.
+    2 for each weight of a matrix and token read (Kaplan et al., arXiv:2001.08361, section 2.1), but behind the last
+    attention for tokens that something is predicted from, 2 V C for each token predicted, and 4 D for each head and
+    pair of tokens that attend.
     """
     prompts, completions = rows.prompt_lengths.double(), num_read(rows).double()
     read = float(prompts.sum() + completions.sum())
@@ -28,7 +29,8 @@ def forward_flops(policy: CausalLM, rows: Rows) -> float:
     shape = policy.cache_shape
     heads = shape.num_layers * shape.num_kv_heads * shape.head_dim
     head = policy.head_weight.numel() * float(rows.completion_mask.sum())
-    return 2 * _matrix_weights(policy) * read + 2 * head + 4 * heads * pairs
+    unread = read - (len(prompts) + float(completions.sum()))  # tokens of prompts but for each one's last
+    return 2 * _matrix_weights(policy) * read - 2 * policy.num_last_weights * unread + 2 * head + 4 * heads * pairs
 
 
 def of_update(
