@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="that count, in each round")
     parser.add_argument("--warmup", type=int, default=2)
     args = parser.parse_args()
-    file = HERE / "results.json"
+    file, commit = HERE / "results.json", source_commit()  # before this run's results make the tree another one
     results = json.loads(file.read_text()) if file.exists() else {}
     for work in WORKS:
         if (args.only and not any(text in work.name for text in args.only)) or (
@@ -79,7 +79,7 @@ def main() -> None:
         ):
             continue
         rounds = [measured(work, args) for _ in range(args.rounds)]
-        results[work.name] = row(rounds, args.warmup)
+        results[work.name] = row(rounds, args.warmup, commit)
         file.write_text(json.dumps(results, indent=1) + "\n")
         (HERE / "results.md").write_text(rendered(results))
         print(f"{work.name}: {results[work.name]['ratio']:.2f}x", flush=True)
@@ -110,7 +110,7 @@ def line(command: list[str]) -> dict:
         return json.loads(out.read().strip().splitlines()[-1]) | {"rss_gb": round(used.ru_maxrss / 2**20, 3)}
 
 
-def row(rounds: list[tuple[dict, dict]], warmup: int) -> dict:
+def row(rounds: list[tuple[dict, dict]], warmup: int, commit: str | None) -> dict:
     peers, ours = ([step for pair in rounds for step in pair[side]["steps"]] for side in (0, 1))
     ratios = [statistics.median(a["steps"]) / statistics.median(b["steps"]) for a, b in rounds]
     first, second = rounds[0]
@@ -124,7 +124,7 @@ def row(rounds: list[tuple[dict, dict]], warmup: int) -> dict:
         "steps": len(ours), "warmup": warmup,
         "versions": {"trl": first.get("trl"), "transformers": first.get("tf"), "torch": second["torch"]},
         "threads": second["threads"], "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "date": datetime.date.today().isoformat(), "commit": source_commit(),
+        "date": datetime.date.today().isoformat(), "commit": commit,
     }  # fmt: skip
 
 

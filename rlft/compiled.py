@@ -1,4 +1,4 @@
-"""What code that numba compiles has in common: how it is compiled, and the functions that all of it calls.
+"""What code that numba compiles has in common: how it is compiled and run, and the functions that all of it calls.
 
 numba is an optional dependency (the extra `fast`) and takes a while to import: nothing is imported before something is
 compiled. What was compiled is kept beside the source, for the next process. numba looks for changes in the file of the
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
 
 f32 = np.float32  # around literals in compiled code: Python's would make float64 of what they meet
 
@@ -49,6 +53,30 @@ def function(python: Callable[..., Any], options: dict[str, Any], *, calls: tupl
     for called in calls:
         register_jitable(**options)(called)
     return njit(nogil=True, cache=True, **options)(python)
+
+
+def in_threads(tasks: Iterable[Callable[[], None]]) -> None:
+    """Run tasks on as many threads as torch has, this one among them; each takes the next when it is done with one."""
+    waiting, threads = deque(tasks), torch.get_num_threads()
+
+    def work() -> None:
+        while waiting:
+            try:
+                task = waiting.popleft()
+            except IndexError:  # another thread took the last
+                return
+            task()
+
+    others = [_pool(threads, os.getpid()).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
+    work()
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Return threads that stay, as starting one takes a millisecond; a forked process has none of its parent's."""
+    return ThreadPoolExecutor(max(1, threads - 1))
 
 
 @functools.cache

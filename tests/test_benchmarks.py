@@ -31,7 +31,7 @@ def test_a_row_of_the_table() -> None:
     ours_line = {"steps": [1.0, 2.0, 1.5], "rss_gb": 0.5, "parts": {"mfu": 0.25, "update_mfu": 0.5}, "threads": 2,
                  "torch": "2"}  # fmt: skip
     peer_line = {"steps": [4.0, 6.0, 5.0], "rss_gb": 1.0, "trl": "1.16.0", "torch": "2"}
-    made = versus.row([(peer_line, ours_line)], warmup=2)
+    made = versus.row([(peer_line, ours_line)], warmup=2, commit="abc")
     assert made["ratio"] == pytest.approx(5.0 / 1.5)
     line = versus.rendered({"a work": made}).splitlines()[2]
     assert line.startswith("| a work | 5 (4 to 6) | 1.5 (1 to 2) | **3.33x** | 3.33 | 25%, 50% | 1.00, 0.50 GiB |")

@@ -21,14 +21,21 @@ class Stateful(ABC):
         """Take back what `state_dict` returned."""
 
 
-def parameters(part: Callable[..., Any]) -> set[str]:
+@functools.lru_cache(maxsize=256)
+def parameters(part: Callable[..., Any]) -> frozenset[str]:
     """Return the names of what the part takes."""
-    return set(inspect.signature(part).parameters)
+    return frozenset(inspect.signature(part).parameters)
 
 
 def call(part: Callable[..., Any], **available: Any) -> Any:
-    """Call a part with those of the available values that its signature names."""
-    return part(**{name: value for name, value in available.items() if name in parameters(part)})
+    """Call a part with those of the available values that its signature names.
+
+    Its settings are taken out of a partial: Hydra's own looks up what it may call at each call, which takes a
+    millisecond.
+    """
+    settings = part.keywords if isinstance(part, functools.partial) else {}
+    names = parameters(part)
+    return function_of(part)(**settings | {name: value for name, value in available.items() if name in names})
 
 
 def function_of(part: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,9 +8,8 @@ dependency (the extra `fast`) and takes a while to import, so the first large te
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -52,22 +51,14 @@ class _Gelu(torch.autograd.Function):
 
 def _in_threads(function: Callable[..., None], *tensors: Tensor) -> None:
     """Call a compiled function on equal parts of the tensors, the last of which it writes."""
-    arrays, threads = [tensor.detach().view(-1).numpy() for tensor in tensors], torch.get_num_threads()
+    arrays = [tensor.detach().view(-1).numpy() for tensor in tensors]
     size = len(arrays[0])
-    part = -(-size // (threads * CHUNK)) * CHUNK
+    part = -(-size // (torch.get_num_threads() * CHUNK)) * CHUNK
     parts = [slice(start, start + part) for start in range(0, size, part)]
-    others = [_pool(threads).submit(function, *(array[these] for array in arrays)) for these in parts[1:]]
-    function(*(array[parts[0]] for array in arrays))
-    for other in others:
-        other.result()
+    compiled.in_threads([partial(function, *(array[these] for array in arrays)) for these in parts])
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, threads - 1))
-
-
-@functools.cache
+@cache
 def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
     """Return `_forward` and `_backward`; infinities and NaNs keep their meaning."""
     options = compiled.options("contract", "nsz", "arcp")

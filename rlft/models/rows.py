@@ -18,6 +18,8 @@ from rlft.models import attention
 from rlft.models.base import CausalLM
 from rlft.rollout.cache import ExpandedPrefix, PrefixCache, prompt_slots
 
+WORTH_LEAVING = 0.9  # share of the tokens that predict something, from which the last layer runs on all
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -105,11 +107,7 @@ class PackedPrefix(PrefixCache):
 
 
 class PackedRows:
-    """P prompts and B completions as one row of N tokens, `[prompts | completions]`.
-
-    Predictions are read at prompts' last tokens and at completions', the places `outputs` [M] of the N; `before`
-    tells for each counted token which of the M is the one before it.
-    """
+    """P prompts and B completions as one row of N tokens, `[prompts | completions]`."""
 
     used = 0
 
@@ -121,14 +119,11 @@ class PackedRows:
         self.ids = torch.cat([prompts.pack(rows.prompt_ids), completions.pack(rows.completion_ids[:, :-1])])
         firsts = rows.prompt_lengths[rows.prompt_of_row, None].expand(completions.shape)
         self.positions = torch.cat([prompts.positions, completions.pack(firsts) + completions.positions])
-        num_prompts, num_rows = len(rows.prompt_ids), len(rows.prompt_of_row)
-        all_completions = torch.arange(completions.num_tokens, device=device)
-        self.outputs: Tensor | None = None  # where each prompt is one token: all are read
-        if prompts.num_tokens > num_prompts:
-            self.outputs = torch.cat([prompts.ends, prompts.num_tokens + all_completions])
         behind = completions.starts[:, None] + torch.arange(completions.shape[1], device=device)
-        before = torch.cat([rows.prompt_of_row[:, None], num_prompts + behind], dim=1)  # [B, T]
-        self.before = before[rows.completion_mask]
+        first = prompts.ends[rows.prompt_of_row, None]
+        before = torch.cat([first, prompts.num_tokens + behind], dim=1)  # [B, T], of the token before each
+        self.outputs, self.before = _outputs(before[rows.completion_mask], len(self.ids))
+        num_prompts, num_rows = len(rows.prompt_ids), len(rows.prompt_of_row)
         even = torch.arange(num_prompts, device=device).repeat_interleave(num_rows // num_prompts)
         self.is_even = torch.equal(rows.prompt_of_row, even)  # whether all groups have the same size
         self.expanded: ExpandedPrefix | None = None
@@ -164,11 +159,17 @@ class _Unshared(PackedPrefix):
         of_completion = rows.completion_ids.gather(1, (place - prompt_lengths).clamp(min=0, max=T - 1))
         self.ids = self.packing.pack(torch.where(place < prompt_lengths, of_prompt, of_completion))
         self.positions = self.packing.positions
-        ends = self.packing.pack((prompt_lengths - 1).expand(self.packing.shape))  # [N], where each token's prompt ends
-        outputs = (self.positions >= ends).nonzero()[:, 0]
-        self.outputs = outputs if len(outputs) < self.packing.num_tokens else None
-        starts = (read + 1).cumsum(0) - (read + 1)  # [B], of each row among the outputs
-        self.before = (starts[:, None] + torch.arange(T, device=read.device))[rows.completion_mask]
+        before = self.packing.starts[:, None] + prompt_lengths - 1 + torch.arange(T, device=read.device)  # [B, T]
+        self.outputs, self.before = _outputs(before[rows.completion_mask], len(self.ids))
+
+
+def _outputs(before: Tensor, num_tokens: int) -> tuple[Tensor | None, Tensor]:
+    """Return the tokens that something is predicted from [M], and which of the M each of `before` [N] is.
+
+    Where most tokens are among them it is None, for all: leaving out a few costs more than it saves.
+    """
+    outputs, places = before.unique(return_inverse=True)
+    return (outputs, places) if len(outputs) < WORTH_LEAVING * num_tokens else (None, before)
 
 
 def _is_unshared(rows: Rows) -> bool:

@@ -10,9 +10,8 @@ the rows beside it nor on the number of threads.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -107,8 +106,7 @@ def decode(
         cache[..., :num_slots] = past
         decode_rows(weights, epsilon, f32(temperature), end, cache, *(array[these] for array in rows))
 
-    with ThreadPoolExecutor(threads) as pool:  # compiled code runs without the interpreter's lock
-        list(pool.map(decode_block, range(0, num_rows, block)))
+    compiled.in_threads([partial(decode_block, start) for start in range(0, num_rows, block)])
     return ids, logprobs, counts, stopped
 
 
@@ -128,7 +126,7 @@ def _weights(policy: GPT2) -> _Weights:
     )  # fmt: skip
 
 
-@functools.cache
+@cache
 def _compiled() -> Callable[..., None]:
     """Return `_decode_rows`; its sums may be reordered, so that they vectorise. Infinities and NaNs stay."""
     options = compiled.options("reassoc", "contract", "nsz", "arcp")

@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from rlft import compiled
 from rlft.algos.base import Algorithm
 from rlft.algos.policy_gradient import PolicyGradient
 from rlft.functional import logprobs
-from rlft.models import attention
+from rlft.models import attention, gelu
 from rlft.models.gpt2 import GPT2
-from rlft.rollout import engine, sampling
+from rlft.rollout import engine, sampling, small
 from rlft.trainer.batch import Batch
 from tests.builders import policy_gradient, rows_of, tiny, trainer
 
 
-def trained(directory: Path, *, sizes: dict[str, Any], **limits: Any) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    policy = tiny(3, spread=0.2).double()
+def trained(
+    directory: Path, *, sizes: dict[str, Any], dtype: torch.dtype = torch.float64, **limits: Any
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    policy = tiny(3, spread=0.2).to(dtype)
     algorithm = policy_gradient("grpo", "algo.kl.coef=0", policy=policy, prompts_per_step=4, **sizes, **limits)
     made = trainer(policy, algorithm, directory, steps=4, **limits)
     made.train()
@@ -71,3 +74,23 @@ def test_the_same_weights_come_out(way: str, plain: tuple, tmp_path: Path, monke
             "eval/reward",
         } & expected.keys()
         assert {n: row[n] for n in names} == pytest.approx({n: expected[n] for n in names}, rel=1e-9, abs=1e-9)
+
+
+def test_the_same_weights_come_out_of_compiled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decode loop and GELU by numba against torch's, in float32, as they are made for."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(gelu, "MIN_SIZE", 1)
+    calls, decode = [], small.decode
+    monkeypatch.setattr(small, "decode", lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs))
+    weights, rows = trained(tmp_path / "compiled", sizes={}, dtype=torch.float32)
+    assert calls
+    monkeypatch.setattr(compiled, "is_possible", lambda: False)
+    calls.clear()
+    expected_weights, expected_rows = trained(tmp_path / "torch", sizes={}, dtype=torch.float32)
+    assert not calls
+    assert [row["reward"] for row in rows if "reward" in row] == [r["reward"] for r in expected_rows if "reward" in r]
+    for name, tensor in expected_weights.items():
+        if name.endswith("c_attn.bias"):  # a bias of keys changes no softmax: its gradient is rounding alone
+            tensor[16:32] = weights[name][16:32]
+        # Weights moved by 1e-2; Adam divides a gradient's rounding, 1e-7 of its terms, by the gradient.
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-4)
