@@ -1,8 +1,7 @@
 """What code that numba compiles has in common: how it is compiled and run, and the functions that all of it calls.
 
 numba is an optional dependency (the extra `fast`) and takes a while to import: nothing is imported before something is
-compiled. What was compiled is kept beside the source, for the next process. numba looks for changes in the file of the
-compiled function only: after one in this file, delete `__pycache__/*.nbi`.
+compiled. What was compiled is kept beside the source, for the next process.
 """
 
 from __future__ import annotations
@@ -10,15 +9,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 f32 = np.float32  # around literals in compiled code: Python's would make float64 of what they meet
+
+
+_LOCK = threading.Lock()  # a reward that scores by a model runs in a thread of its own
 
 
 class _Flags(set[str]):
@@ -49,10 +53,16 @@ def function(python: Callable[..., Any], options: dict[str, Any], *, calls: tupl
     from numba import njit
     from numba.extending import register_jitable
 
-    _share()
-    for called in calls:
-        register_jitable(**options)(called)
-    return njit(nogil=True, cache=True, **options)(python)
+    with _LOCK:
+        _share()
+        for called in calls:
+            register_jitable(**options)(called)
+    made = njit(nogil=True, cache=True, **options)(python)
+    # numba compiles again when the function's own file has changed; this one has parts of it too.
+    for index in Path(made.stats.cache_path).glob(f"*.{python.__name__}-*.nbi"):
+        if index.stat().st_mtime < Path(__file__).stat().st_mtime:
+            index.unlink(missing_ok=True)
+    return made
 
 
 def in_threads(tasks: Iterable[Callable[[], None]]) -> None:
@@ -68,7 +78,11 @@ def in_threads(tasks: Iterable[Callable[[], None]]) -> None:
             task()
 
     others = [_pool(threads, os.getpid()).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
-    work()
+    try:
+        work()
+    finally:
+        waiting.clear()  # after an error nothing more is begun; what has begun writes into what the caller holds
+        wait(others)
     for other in others:
         other.result()
 
@@ -93,7 +107,10 @@ def sigmoid_2u(x):
 
 
 def exp(x):
-    """Return exp(x), 0 below -87: 2^k exp(r), |r| <= log(2) / 2, as in Cephes' expf; a call would not be vectorised."""
+    """Return exp(x), 0 below -87 and infinity above 88: 2^k exp(r), |r| <= log(2) / 2, as in Cephes' expf.
+
+    A call of the library's would not be vectorised.
+    """
     bounded = f32(88) if x > f32(88) else x
     shifted = bounded * f32(1.4426950408889634) + f32(12582912)  # 1.5 * 2^23 leaves k in the last bits
     k = shifted - f32(12582912)
@@ -102,4 +119,5 @@ def exp(x):
     p = (p * r + f32(8.3334519073e-3)) * r + f32(4.1665795894e-2)
     p = (p * r + f32(1.6666665459e-1)) * r + f32(5.0000001201e-1)
     power = np.int32((f32(shifted).view(np.int32) + 127) << 23).view(f32)  # 2^k: k is in the exponent's place
-    return f32(0) if x < f32(-87) else (p * r * r + r + f32(1)) * power
+    value = f32(0) if x < f32(-87) else (p * r * r + r + f32(1)) * power
+    return f32(np.inf) if x > f32(88) else value

@@ -44,3 +44,19 @@ def test_every_process_compiles_the_same_code(tmp_path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables)
         made.add(done.stdout.strip())
     assert len(made) == 1
+
+
+def test_code_from_before_a_change_of_what_it_calls_is_compiled_again(tmp_path) -> None:
+    pytest.importorskip("numba")
+    program = "import torch; from rlft.models import gelu; gelu.gelu(torch.zeros(gelu.MIN_SIZE)); "
+    program += "print(sum(gelu._compiled()[0].stats.cache_hits.values()))"
+
+    def hits() -> int:
+        command, variables = [sys.executable, "-c", program], {"NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables)
+        return int(done.stdout)
+
+    assert [hits(), hits()] == [0, 1]
+    for index in tmp_path.rglob("*.nbi"):
+        os.utime(index, (0, 0))
+    assert hits() == 0

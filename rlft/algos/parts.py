@@ -21,10 +21,11 @@ class Stateful(ABC):
         """Take back what `state_dict` returned."""
 
 
-@functools.lru_cache(maxsize=256)
 def parameters(part: Callable[..., Any]) -> frozenset[str]:
     """Return the names of what the part takes."""
-    return frozenset(inspect.signature(part).parameters)
+    function = function_of(part)
+    is_plain = inspect.isfunction(function) and not getattr(part, "args", ())
+    return _names_of(function) if is_plain else frozenset(inspect.signature(part).parameters)
 
 
 def call(part: Callable[..., Any], **available: Any) -> Any:
@@ -33,11 +34,16 @@ def call(part: Callable[..., Any], **available: Any) -> Any:
     Its settings are taken out of a partial: Hydra's own looks up what it may call at each call, which takes a
     millisecond.
     """
-    settings = part.keywords if isinstance(part, functools.partial) else {}
+    args, settings = (part.args, part.keywords) if isinstance(part, functools.partial) else ((), {})
     names = parameters(part)
-    return function_of(part)(**settings | {name: value for name, value in available.items() if name in names})
+    return function_of(part)(*args, **settings | {name: value for name, value in available.items() if name in names})
 
 
 def function_of(part: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function under a part's fixed settings."""
     return part.func if isinstance(part, functools.partial) else part
+
+
+@functools.cache
+def _names_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

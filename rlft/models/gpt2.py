@@ -71,7 +71,7 @@ class Linear(nn.Linear):
         if not is_few or x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)
-        return torch.addmm(self.bias[:, None], self.weight, rows.t()).t().reshape(*x.shape[:-1], -1)
+        return torch.addmm(self.bias[:, None], self.weight, rows.t()).t().reshape(*x.shape[:-1], self.out_features)
 
 
 class Attention(nn.Module):
@@ -139,7 +139,7 @@ class GPT2(CausalLM):
         self.config = config
         self.vocab_size, self.context_length = config.vocab_size, config.n_positions
         self.cache_shape = CacheShape(config.n_layer, config.n_head, config.n_embd // config.n_head)
-        self.num_last_weights = 9 * config.n_embd**2  # the last block's c_proj and MLP
+        self.num_last_weights = 9 * config.n_embd**2 if config.is_causal else 0  # the last block's c_proj and MLP
         self.mask_id = None if config.is_causal else config.vocab_size
         self.wte = nn.Embedding(config.vocab_size + int(not config.is_causal), config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -204,9 +204,10 @@ class GPT2(CausalLM):
                 raise ValueError(f"{T} tokens do not fit the model's {self.context_length} positions")
             positions = torch.arange(T, device=input_ids.device)[None]
         x = F.dropout(self.wte(input_ids) + self.wpe(positions), self.config.dropout, self.training)
-        for block in self.h[:-1]:
+        *blocks, last = self.h
+        for block in blocks:
             x = block(x, cache)
-        return self.ln_f(self.h[-1](x, cache, outputs))
+        return self.ln_f(last(x, cache, outputs))
 
     def config_dict(self) -> dict:
         sizes = asdict(self.config)

@@ -29,7 +29,9 @@ def forward_flops(policy: CausalLM, rows: Rows) -> float:
     shape = policy.cache_shape
     heads = shape.num_layers * shape.num_kv_heads * shape.head_dim
     head = policy.head_weight.numel() * float(rows.completion_mask.sum())
-    unread = read - (len(prompts) + float(completions.sum()))  # tokens of prompts but for each one's last
+    mask = rows.completion_mask
+    predicting = int(mask[:, 1:].sum()) + len(rows.prompt_of_row[mask[:, 0]].unique())  # a prompt's last token is one
+    unread = read - predicting
     return 2 * _matrix_weights(policy) * read - 2 * policy.num_last_weights * unread + 2 * head + 4 * heads * pairs
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,14 @@ OF_ROW = [0, 0, 1]
 COMPLETIONS = random_ids(2, [5, 5, 5])
 
 
-def test_needed_operations_are_those_that_torch_counts() -> None:
+@pytest.mark.parametrize("counted", [slice(None), slice(2, None), slice(4, None)])
+def test_needed_operations_are_those_that_torch_counts(counted: slice) -> None:
     """Matrix products alone: attention is counted by pairs that attend, torch counts whole squares."""
     policy = GPT2.from_config(vocab_size=19, n_positions=24, n_embd=16, n_layer=2, n_head=2)
     rows = rows_from(PROMPTS, COMPLETIONS, OF_ROW)
+    mask = torch.zeros_like(rows.completion_mask)
+    mask[:, counted] = True  # a reward model's loss counts last tokens alone
+    rows = replace(rows, completion_mask=mask)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         Scorer(policy)(rows)
     counts = {str(operation): number for operation, number in counter.get_flop_counts()["Global"].items()}

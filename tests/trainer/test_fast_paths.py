@@ -13,6 +13,7 @@ from rlft.algos.base import Algorithm
 from rlft.algos.policy_gradient import PolicyGradient
 from rlft.functional import logprobs
 from rlft.models import attention, gelu
+from rlft.models import rows as models_rows
 from rlft.models.gpt2 import GPT2
 from rlft.rollout import engine, sampling, small
 from rlft.trainer.batch import Batch
@@ -42,13 +43,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
 
 
 @pytest.mark.parametrize(
-    "way", ["packed", "shared attention", "blocks", "compacted", "in turn", "cut", "padded and cut"]
+    "way",
+    ["packed", "shared attention", "last layer", "blocks", "compacted", "in turn", "cut", "padded and cut"],
 )
 def test_the_same_weights_come_out(way: str, plain: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: dict[str, Any] = {}
     monkeypatch.setattr(attention, "fits", lambda queries: way == "shared attention")
+    monkeypatch.setattr(models_rows, "WORTH_LEAVING", 2.0 if way == "last layer" else 0.0)
     if way == "blocks":
-        monkeypatch.setattr(sampling, "BLOCK", 4)
+        monkeypatch.setattr(sampling, "BLOCK", 5)
     if way == "compacted":
         monkeypatch.setattr(engine, "KEEP_FRACTION", 1.1)
     if way == "padded and cut":
@@ -80,17 +83,20 @@ def test_the_same_weights_come_out_of_compiled_code(tmp_path: Path, monkeypatch:
     """The decode loop and GELU by numba against torch's, in float32, as they are made for."""
     pytest.importorskip("numba")
     monkeypatch.setattr(gelu, "MIN_SIZE", 1)
-    calls, decode = [], small.decode
-    monkeypatch.setattr(small, "decode", lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs))
+    calls, decode, activate = [], small.decode, gelu._in_threads
+    monkeypatch.setattr(small, "decode", lambda *args, **kwargs: calls.append("decode") or decode(*args, **kwargs))
+    monkeypatch.setattr(gelu, "_in_threads", lambda *args: calls.append("gelu") or activate(*args))
     weights, rows = trained(tmp_path / "compiled", sizes={}, dtype=torch.float32)
-    assert calls
+    assert set(calls) == {"decode", "gelu"}
     monkeypatch.setattr(compiled, "is_possible", lambda: False)
     calls.clear()
     expected_weights, expected_rows = trained(tmp_path / "torch", sizes={}, dtype=torch.float32)
     assert not calls
     assert [row["reward"] for row in rows if "reward" in row] == [r["reward"] for r in expected_rows if "reward" in r]
+    begun = tiny(3, spread=0.2).state_dict()
+    assert max(float((expected_weights[name] - begun[name]).abs().max()) for name in begun) > 1e-2
     for name, tensor in expected_weights.items():
         if name.endswith("c_attn.bias"):  # a bias of keys changes no softmax: its gradient is rounding alone
             tensor[16:32] = weights[name][16:32]
-        # Weights moved by 1e-2; Adam divides a gradient's rounding, 1e-7 of its terms, by the gradient.
+        # Adam divides a gradient's rounding, 1e-7 of its terms, by the gradient.
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-4)
