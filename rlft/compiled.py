@@ -48,7 +48,8 @@ def is_possible() -> bool:
 def function(python: Callable[..., Any], options: dict[str, Any], *, calls: tuple[Any, ...] = ()) -> Callable[..., Any]:
     """Return a function compiled for the types of each call; `calls` are its own, compiled in the same way.
 
-    It runs without the interpreter's lock.
+    It runs without the interpreter's lock. Everything is one piece of code: a call would go to another copy of what is
+    called in the process that compiled it than in one that reads it from the cache, and copies may round differently.
     """
     from numba import njit
     from numba.extending import register_jitable
@@ -56,7 +57,7 @@ def function(python: Callable[..., Any], options: dict[str, Any], *, calls: tupl
     with _LOCK:
         _share()
         for called in calls:
-            register_jitable(**options)(called)
+            register_jitable(forceinline=True, **options)(called)
     made = njit(nogil=True, cache=True, **options)(python)
     # numba compiles again when the function's own file has changed; this one has parts of it too.
     for index in Path(made.stats.cache_path).glob(f"*.{python.__name__}-*.nbi"):
@@ -98,7 +99,7 @@ def _share() -> None:
     from numba.extending import register_jitable
 
     for shared in (exp, sigmoid_2u):  # reordered, the rounding in exp would cancel out
-        register_jitable(**options("contract"))(shared)
+        register_jitable(forceinline=True, **options("contract"))(shared)
 
 
 def sigmoid_2u(x):
