@@ -94,10 +94,6 @@ def main() -> None:
     args = parser.parse_args()
     file = HERE / "curves.json"
     results = json.loads(file.read_text())["results"] if file.exists() else {}
-    for name, (setting, values) in SWEEPS.items():
-        if any(text in name for text in args.only):
-            results[name] = [point(setting, value, steps=args.steps) for value in values]
-            print(name, [(p["size"], round(p["seconds"], 3), p["gib"]) for p in results[name]], flush=True)
     layers, heads, width, _ = PRESETS[str(BASE["preset"])]
     provenance = (
         f"{datetime.now(UTC):%Y-%m-%d}, commit {source_commit()}, seed 0; "
@@ -106,8 +102,13 @@ def main() -> None:
         f"width {width}, vocabulary 96, 4 prompts of 32 tokens, groups of 8, 32 new ones. The last model's vocabulary "
         f"is 50,257."
     )
-    file.write_text(json.dumps({"provenance": provenance, "results": results}, indent=1) + "\n")
-    (HERE / "curves.md").write_text(rendered(results, provenance))
+    for name, (setting, values) in SWEEPS.items():
+        if not any(text in name for text in args.only):
+            continue
+        results[name] = [point(setting, value, steps=args.steps) for value in values]
+        print(name, [(p["size"], round(p["seconds"], 3), p["gib"]) for p in results[name]], flush=True)
+        file.write_text(json.dumps({"provenance": provenance, "results": results}, indent=1) + "\n")
+        (HERE / "curves.md").write_text(rendered(results, provenance))
     draw(results, HERE / "curves.png")
 
 

@@ -20,8 +20,6 @@ import numpy as np
 import torch
 
 f32 = np.float32  # around literals in compiled code: Python's would make float64 of what they meet
-
-
 _LOCK = threading.Lock()  # a reward that scores by a model runs in a thread of its own
 
 

@@ -98,7 +98,7 @@ def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         places = block * BLOCK + torch.arange(BLOCK, device=block.device)
         inside = torch.where(places < V, probabilities.gather(1, places.clamp(max=V - 1)), 0.0)
         place, _ = _place(inside.cumsum(dim=1, dtype=torch.float64), rest.clamp(0.0, BELOW_ONE))
-        ids = block * BLOCK + place
+        ids = (block * BLOCK + place).clamp(max=V - 1)  # where logits are nan no place is the right one
     return ids[:, 0], logprobs.gather(1, ids)[:, 0]
 
 

@@ -247,3 +247,10 @@ def test_only_the_policys_own_distribution_is_plain() -> None:
     assert Sampling(8, temperature=0.7).is_plain  # the logprobs are taken at the same temperature
     for bent in ({"top_k": 5}, {"top_p": 0.9}, {"min_new_tokens": 1}, {"greedy": True}):
         assert not Sampling(8, **bent).is_plain
+
+
+def test_logits_that_are_nan_give_a_token_and_a_nan() -> None:
+    """A run that diverged ends by its own check of the loss, not by an index."""
+    for vocab_size in (511, 512, 513, 1024):
+        ids, logprobs = sample(torch.full((2, vocab_size), torch.nan), torch.tensor([0.0, 0.9], dtype=torch.float64))
+        assert ids.min() >= 0 and ids.max() < vocab_size and logprobs.isnan().all()
