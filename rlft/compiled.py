@@ -43,23 +43,27 @@ def is_possible() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def function(python: Callable[..., Any], options: dict[str, Any], *, calls: tuple[Any, ...] = ()) -> Callable[..., Any]:
+def function(
+    python: Callable[..., Any], options: dict[str, Any], *, calls: tuple[Any, ...] = (), apart: tuple[Any, ...] = ()
+) -> Callable[..., Any]:
     """Return a function compiled for the types of each call; `calls` are its own, compiled in the same way.
 
     It runs without the interpreter's lock. Everything is one piece of code: a call would go to another copy of what is
     called in the process that compiled it than in one that reads it from the cache, and copies may round differently.
+    What is `apart` says each operation itself (`rlft.kernels`), and is called: compiled once, not once for each call.
     """
     from numba import njit
     from numba.extending import register_jitable
 
     with _LOCK:
         _share()
-        for called in calls:
-            register_jitable(forceinline=True, **options)(called)
+        for called in (*calls, *apart):
+            register_jitable(forceinline=called in calls, **options)(called)
     made = njit(nogil=True, cache=True, **options)(python)
-    # numba compiles again when the function's own file has changed; this one has parts of it too.
+    # numba compiles again when the function's own file has changed; these have parts of it too.
+    changed = max(file.stat().st_mtime for file in (Path(__file__), Path(__file__).with_name("kernels.py")))
     for index in Path(made.stats.cache_path).glob(f"*.{python.__name__}-*.nbi"):
-        if index.stat().st_mtime < Path(__file__).stat().st_mtime:
+        if index.stat().st_mtime < changed:
             index.unlink(missing_ok=True)
     return made
 

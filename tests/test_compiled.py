@@ -12,8 +12,8 @@ from rlft.compiled import exp
 
 DECODE = """
 import hashlib
-from tests.rollout import test_small
-drawn = test_small.decoded(test_small.policy_of())
+from tests.rollout import test_loop
+drawn = test_loop.decoded(test_loop.policy_of())
 print(hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in drawn)).hexdigest())
 """
 

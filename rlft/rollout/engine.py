@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlft.models.base import CausalLM
 from rlft.models.rows import Rows, prefill
-from rlft.rollout import graph, small
+from rlft.rollout import graph, loop
 from rlft.rollout.cache import DecodeCache, PrefixCache
 from rlft.rollout.sampling import Sampling, uniforms
 from rlft.rollout.shared import SharedDecodeCache
@@ -113,11 +113,11 @@ def generate(
     was_training = policy.training
     policy.eval()
     table = Table(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
-    if sampling.max_rows is None and small.fits(policy, sampling, device):
+    if (sampling.max_rows or len(room)) >= len(room) and loop.fits(policy, sampling, device):
         with clock("prefill"):
             last, prefix = prefill(policy, prompt_ids, lengths)
         with clock("decode"):
-            table.ids, table.logprobs, table.counts, table.stopped = small.decode(
+            table.ids, table.logprobs, table.counts, table.stopped = loop.decode(
                 policy, prefix, last[prompt_of_row], prompt_of_row, room, draws,
                 max_new=max_new, temperature=sampling.temperature, eos_id=eos_id,
             )  # fmt: skip

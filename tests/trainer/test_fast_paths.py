@@ -15,7 +15,7 @@ from rlft.functional import logprobs
 from rlft.models import attention, gelu
 from rlft.models import rows as models_rows
 from rlft.models.gpt2 import GPT2
-from rlft.rollout import engine, sampling, small
+from rlft.rollout import engine, sampling, loop
 from rlft.trainer.batch import Batch
 from tests.builders import policy_gradient, rows_of, tiny, trainer
 
@@ -83,8 +83,8 @@ def test_the_same_weights_come_out_of_compiled_code(tmp_path: Path, monkeypatch:
     """The decode loop and GELU by numba against torch's, in float32, as they are made for."""
     pytest.importorskip("numba")
     monkeypatch.setattr(gelu, "MIN_SIZE", 1)
-    calls, decode, activate = [], small.decode, gelu._in_threads
-    monkeypatch.setattr(small, "decode", lambda *args, **kwargs: calls.append("decode") or decode(*args, **kwargs))
+    calls, decode, activate = [], loop.decode, gelu._in_threads
+    monkeypatch.setattr(loop, "decode", lambda *args, **kwargs: calls.append("decode") or decode(*args, **kwargs))
     monkeypatch.setattr(gelu, "_in_threads", lambda *args: calls.append("gelu") or activate(*args))
     weights, rows = trained(tmp_path / "compiled", sizes={}, dtype=torch.float32)
     assert set(calls) == {"decode", "gelu"}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlft import compiled
 from rlft.models.gpt2 import GPT2
-from rlft.rollout import small
+from rlft.rollout import loop
 from rlft.rollout.cache import PrefixCache
 from rlft.rollout.sampling import Sampling
 from tests.models.tiny import logits_of, random_ids, tiny
@@ -25,6 +25,17 @@ PROMPTS = random_ids(1, [3, 1, 7, 12, 3])
 PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 4, 1, 0, 3, 2, 4])  # 19 rows: three blocks
 MAX_NEW = 14
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True, params=["rows of its own", "a share of each product"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both ways in which threads share the work, and two threads for it."""
+    if request.param == "a share of each product":
+        monkeypatch.setattr(loop, "ALONE", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def policy_of(seed: int = 2, **sizes: Any) -> GPT2:
@@ -62,7 +73,7 @@ def decoded(
     prompt_of_row = PROMPT_OF_ROW[chosen]
     settings: dict[str, Any] = {"max_new": MAX_NEW, "temperature": 1.0, "eos_id": EOS} | changed
     draws = draws[chosen] if draws is not None else None
-    return small.decode(policy, prefix, hidden[prompt_of_row], prompt_of_row, room[chosen], draws, **settings)
+    return loop.decode(policy, prefix, hidden[prompt_of_row], prompt_of_row, room[chosen], draws, **settings)
 
 
 @torch.no_grad()
@@ -141,15 +152,8 @@ def test_room_ends_a_row_that_did_not_stop() -> None:
     assert ids.equal(free[0] * inside) and logprobs.equal(free[1] * inside)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("greedy", [False, True])
-def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_threads(threads: None, greedy: bool) -> None:
+def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_threads(greedy: bool) -> None:
     policy, draws = policy_of(n_embd=20), None if greedy else uniforms()
     batch = decoded(policy, draws=draws)
     for row in range(len(PROMPT_OF_ROW)):
@@ -177,7 +181,7 @@ def drawn(policy: GPT2, draws: Tensor | None, *, temperature: float = 1.0) -> tu
     prefix, hidden = prefilled(policy, [[1]])
     one, room, max_new = torch.zeros(1, dtype=torch.int64), torch.tensor([50]), 3 if draws is None else len(draws)
     rows = draws[None] if draws is not None else None
-    out = small.decode(policy, prefix, hidden, one, room, rows, max_new=max_new, temperature=temperature, eos_id=None)
+    out = loop.decode(policy, prefix, hidden, one, room, rows, max_new=max_new, temperature=temperature, eos_id=None)
     return out[0][0], out[1][0]
 
 
@@ -217,7 +221,7 @@ def test_what_it_is_given_stays_as_it_was() -> None:
     given = [hidden, *prefix.keys, *prefix.values, *policy.parameters()]
     before = [tensor.clone() for tensor in given]
     one = torch.zeros(1, dtype=torch.int64)
-    small.decode(policy, prefix, hidden, one, one + 9, uniforms(1), max_new=MAX_NEW, temperature=0.7, eos_id=EOS)
+    loop.decode(policy, prefix, hidden, one, one + 9, uniforms(1), max_new=MAX_NEW, temperature=0.7, eos_id=EOS)
     assert all(a.equal(b) for a, b in zip(given, before, strict=True))
 
 
@@ -227,24 +231,19 @@ class Subclass(GPT2):
 
 def test_it_fits_what_it_can_do_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, plain = policy_of(), Sampling(10)
-    assert small.fits(policy, plain, CPU)
-    assert small.fits(policy, Sampling(10, greedy=True), CPU)
-    assert small.fits(policy, Sampling(10, temperature=0.5), CPU)
-    assert not small.fits(policy, replace(plain, top_k=3), CPU)
-    assert not small.fits(policy, replace(plain, top_p=0.9), CPU)
-    assert not small.fits(policy, replace(plain, min_new_tokens=1), CPU)
-    assert not small.fits(policy, plain, torch.device("cuda"))
-    assert not small.fits(copy.deepcopy(policy).to("meta"), plain, CPU)
-    assert not small.fits(copy.deepcopy(policy).double(), plain, CPU)
-    assert not small.fits(copy.deepcopy(policy).bfloat16(), plain, CPU)
-    assert not small.fits(Subclass(policy.config), plain, CPU)
-    assert not small.fits(GPT2(replace(policy.config, is_causal=False)), plain, CPU)
+    assert loop.fits(policy, plain, CPU)
+    assert loop.fits(policy, Sampling(10, greedy=True), CPU)
+    assert loop.fits(policy, Sampling(10, temperature=0.5), CPU)
+    assert not loop.fits(policy, replace(plain, top_k=3), CPU)
+    assert not loop.fits(policy, replace(plain, top_p=0.9), CPU)
+    assert not loop.fits(policy, replace(plain, min_new_tokens=1), CPU)
+    assert not loop.fits(policy, plain, torch.device("cuda"))
+    assert not loop.fits(copy.deepcopy(policy).to("meta"), plain, CPU)
+    assert not loop.fits(copy.deepcopy(policy).double(), plain, CPU)
+    assert not loop.fits(copy.deepcopy(policy).bfloat16(), plain, CPU)
+    assert not loop.fits(Subclass(policy.config), plain, CPU)
+    assert not loop.fits(GPT2(replace(policy.config, is_causal=False)), plain, CPU)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not small.fits(policy, plain, CPU)
-    with monkeypatch.context() as patch:
-        patch.setattr(small, "MAX_PARAMETERS", policy.num_parameters())
-        assert small.fits(policy, plain, CPU)
-        patch.setattr(small, "MAX_PARAMETERS", policy.num_parameters() - 1)
-        assert not small.fits(policy, plain, CPU)
+        assert not loop.fits(policy, plain, CPU)
     monkeypatch.setattr(compiled, "is_possible", lambda: False)
-    assert not small.fits(policy, plain, CPU)
+    assert not loop.fits(policy, plain, CPU)

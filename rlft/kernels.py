@@ -1,0 +1,202 @@
+"""What numba's Python cannot say, as LLVM code: a tile of a matrix product held in registers, and threads that meet.
+
+Importing this imports numba: only code that is about to be compiled does.
+
+A product of a few rows with a large matrix waits for the matrix, which comes from memory once. MKL and oneDNN then read
+9 GB/s on a machine that gives 20: they copy it into another layout first, or fetch too late. Here rows are the lanes of
+a vector, x `[in, lanes]`; each weight is read once, where it lies, and meets all rows; and a tile fetches the weights
+of the next one. A sum has one accumulator and runs over the inputs in their order: a row's bits depend on nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as _typed_intrinsic
+
+intrinsic: Any = _typed_intrinsic  # numba declares that what it makes takes a typing context, which callers do not give
+
+_HAS_32_REGISTERS = bool(binding.get_host_cpu_features().get("avx512f", False))
+LANES = 16 if _HAS_32_REGISTERS else 8  # rows in a vector of floats
+ROWS = 12  # outputs that neighbouring tiles compute together
+# Vectors of rows, outputs: as many accumulators as there are registers for, beside what they are made from.
+WIDE, MIDDLE, NARROW = ((4, 6), (2, 12), (1, 12)) if _HAS_32_REGISTERS else ((2, 6), (1, 12), (1, 12))
+
+LONG = 4  # vectors that a single output takes at once
+
+_FLOAT, _INT, _INT32, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
+_VECTOR = ir.VectorType(_FLOAT, LANES)
+
+
+def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[..., None]:
+    """Return tile(x, x_at, num_in, width, apart, address, bias, y, y_at, first, is_residual), for compiled code.
+
+    For outputs n = first .. and vectors of rows it writes y[n, :] = bias[n] + sum_k w[n, k] x[k, :], y's old value
+    added where `is_residual`. x and y are float32 arrays that hold `[in, width]` from entry `x_at` on and
+    `[out, width]` from `y_at` on; the vectors of x are `apart` entries from each other, those of y follow each other. w
+    is float32 `[out, num_in]` at `address`.
+    """
+    num_vectors, num_outputs = shape
+
+    @intrinsic
+    def tile(typing: Any, x, x_at, num_in, width, apart, address, bias, y, y_at, first, is_residual):
+        number = types.int64
+        signature = types.void(x, *(number,) * 5, bias, y, number, number, types.boolean)
+
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            x, x_at, num_in, width, apart, address, bias, y, y_at, first, is_residual = arguments
+
+            def start(place: int, array: Any, entry: Any) -> Any:
+                made = context.make_array(signature.args[place])(context, builder, array)
+                return builder.gep(made.data, [entry])
+
+            x, bias, y = start(0, x, x_at), start(6, bias, first), start(7, y, y_at)
+            weights = builder.inttoptr(address, _FLOAT.as_pointer())
+            rows = [builder.mul(builder.add(first, _INT(j)), num_in) for j in range(num_outputs)]
+
+            def vector(pointer: Any, entry: Any) -> Any:
+                return builder.bitcast(builder.gep(pointer, [entry]), _VECTOR.as_pointer())
+
+            def load(pointer: Any, entry: Any) -> Any:
+                loaded = builder.load(vector(pointer, entry))
+                loaded.align = 4
+                return loaded
+
+            def place(j: int, v: int) -> Any:
+                return builder.add(builder.mul(builder.add(first, _INT(j)), width), _INT(v * LANES))
+
+            add = _declared(builder, f"llvm.fmuladd.v{LANES}f32", _VECTOR, [_VECTOR] * 3)
+            sums = []
+            for j in range(num_outputs):
+                added = _splat(builder, builder.load(builder.gep(bias, [_INT(j)])))
+                for v in range(num_vectors):
+                    old = builder.select(is_residual, load(y, place(j, v)), ir.Constant(_VECTOR, [0.0] * LANES))
+                    sums.append(builder.fadd(added, old))
+
+            def step(k: Any, sums: list[Any], count: int) -> list[Any]:
+                sums = list(sums)
+                if fetches and count > 1:  # of the next tile's rows, which lie behind this one's
+                    for row in rows:
+                        ahead = builder.add(builder.add(row, k), builder.mul(num_in, _INT(num_outputs)))
+                        _fetch(builder, builder.gep(weights, [ahead]))
+                for i in range(count):
+                    now = builder.add(k, _INT(i))
+                    inputs = [
+                        load(x, builder.add(builder.mul(now, width), builder.mul(apart, _INT(v))))
+                        for v in range(num_vectors)
+                    ]
+                    for j, row in enumerate(rows):
+                        weight = _splat(builder, builder.load(builder.gep(weights, [builder.add(row, now)])))
+                        for v, value in enumerate(inputs):
+                            at = j * num_vectors + v
+                            sums[at] = builder.call(add, [weight, value, sums[at]])
+                return sums
+
+            most = builder.sub(num_in, builder.srem(num_in, _INT(unrolled)))
+            sums = _loop(builder, _INT(0), most, unrolled, sums, step)
+            sums = _loop(builder, most, num_in, 1, sums, step)
+            for j in range(num_outputs):
+                for v in range(num_vectors):
+                    builder.store(sums[j * num_vectors + v], vector(y, place(j, v))).align = 4
+            return context.get_dummy_value()
+
+        return signature, code
+
+    return tile
+
+
+def _loop(
+    builder: Any, start: Any, end: Any, count: int, values: list[Any], step: Callable[..., list[Any]]
+) -> list[Any]:
+    """Emit `for k in range(start, end, count): values = step(k, values, count)` and return the last values."""
+    before = builder.block
+    head, body, behind = (builder.append_basic_block(name) for name in ("head", "body", "behind"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    k, carried = builder.phi(_INT), [builder.phi(value.type) for value in values]
+    builder.cbranch(builder.icmp_signed("<", k, end), body, behind)
+    builder.position_at_end(body)
+    new = step(k, carried, count)
+    following = builder.add(k, _INT(count))
+    for phi, first, then in zip((k, *carried), (start, *values), (following, *new), strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, builder.block)
+    builder.branch(head)
+    builder.position_at_end(behind)
+    return carried
+
+
+def _splat(builder: Any, value: Any) -> Any:
+    empty = ir.Constant(_VECTOR, ir.Undefined)
+    one = builder.insert_element(empty, value, _INT32(0))
+    return builder.shuffle_vector(one, empty, ir.Constant(ir.VectorType(_INT32, LANES), [0] * LANES))
+
+
+def _fetch(builder: Any, pointer: Any) -> None:
+    arguments = [_BYTE.as_pointer(), _INT32, _INT32, _INT32]
+    fetch = _declared(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+    # to read, into the second cache, as data
+    builder.call(fetch, [builder.bitcast(pointer, arguments[0]), _INT32(0), _INT32(2), _INT32(1)])
+
+
+def _declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+wide = _tile(WIDE, unrolled=4, fetches=False)  # there arithmetic takes longer than reading
+middle = _tile(MIDDLE, unrolled=16, fetches=True)
+narrow = _tile(NARROW, unrolled=16, fetches=True)
+four = _tile((1, 4), unrolled=4, fetches=False)  # what is left of a matrix whose outputs are no multiple of ROWS
+long = _tile((LONG, 1), unrolled=4, fetches=False)
+single = _tile((1, 1), unrolled=4, fetches=False)
+
+
+@intrinsic
+def address_of(typing: Any, array):
+    """Return where an array's first entry is."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        made = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.ptrtoint(made.data, _INT)
+
+    return types.int64(array), code
+
+
+@intrinsic
+def add_atomically(typing: Any, array, entry, value):
+    """Add to an entry of an int64 array and return what it was; what was written before is seen by who reads it so."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, entry, value = arguments
+        data = context.make_array(signature.args[0])(context, builder, array).data
+        return builder.atomic_rmw("add", builder.gep(data, [entry]), value, "seq_cst")
+
+    return types.int64(array, types.int64, types.int64), code
+
+
+@intrinsic
+def read_atomically(typing: Any, array, entry):
+    """Return an entry of an int64 array, as another thread may have left it just now."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load_atomic(builder.gep(data, [arguments[1]]), "acquire", 8)
+
+    return types.int64(array, types.int64), code
+
+
+@intrinsic
+def let_others_run(typing: Any):
+    """Offer the processor to another thread, where the system has a call for it."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if hasattr(os, "sched_yield"):
+            builder.call(_declared(builder, "sched_yield", _INT32, []), [])
+        return context.get_dummy_value()
+
+    return types.void(), code
