@@ -152,6 +152,33 @@ def test_room_ends_a_row_that_did_not_stop() -> None:
     assert ids.equal(free[0] * inside) and logprobs.equal(free[1] * inside)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("n_head", [2, 9])  # heads of 66 and 14: more than four vectors, and less than one
+def test_many_rows_far_into_the_context_equal_float64_forwards(n_head: int) -> None:
+    """More rows than a panel holds, more slots than four vectors: the shapes that small cases never reach."""
+    policy = policy_of(n_embd=n_head * 14 if n_head == 9 else 132, n_head=n_head, n_positions=256, vocab_size=131)
+    num_rows, max_new, prompts = 150, 100, random_ids(5, [1, 90, 33])
+    prefix, hidden = prefilled(policy, prompts)
+    prompt_of_row, draws = torch.arange(num_rows) % 3, uniforms(num_rows, max_new)
+    room = 3 + 7 * torch.arange(num_rows) % max_new  # rows leave their panels
+    ids, logprobs, counts, _ = loop.decode(
+        policy, prefix, hidden[prompt_of_row], prompt_of_row, room, draws, max_new=max_new, temperature=0.8, eos_id=None
+    )
+    assert counts.equal(room.clamp(max=max_new))
+    exact = copy.deepcopy(policy).double()
+    for row in range(num_rows):
+        prompt, n = prompts[prompt_of_row[row]], int(counts[row])
+        given = torch.tensor([prompt + ids[row, : n - 1].tolist()])
+        want = (logits_of(exact, given)[0, len(prompt) - 1 :] / 0.8).log_softmax(-1)
+        drawn = ids[row, :n, None]
+        # float32 at logits of up to 26: torch's own is off by up to 1.4e-4
+        torch.testing.assert_close(logprobs[row, :n].double(), want.gather(1, drawn)[:, 0], rtol=0, atol=5e-4)
+        cumulative = want.exp().cumsum(1)
+        above = cumulative.gather(1, drawn)[:, 0]
+        below = above - want.exp().gather(1, drawn)[:, 0]
+        assert ((below - 5e-4 <= draws[row, :n]) & (draws[row, :n] <= above + 5e-4)).all()
+
+
 @pytest.mark.parametrize("greedy", [False, True])
 def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_threads(greedy: bool) -> None:
     policy, draws = policy_of(n_embd=20), None if greedy else uniforms()

@@ -15,7 +15,7 @@ from rlft.functional import logprobs
 from rlft.models import attention, gelu
 from rlft.models import rows as models_rows
 from rlft.models.gpt2 import GPT2
-from rlft.rollout import engine, sampling, loop
+from rlft.rollout import engine, loop, sampling
 from rlft.trainer.batch import Batch
 from tests.builders import policy_gradient, rows_of, tiny, trainer
 
