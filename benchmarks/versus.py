@@ -55,6 +55,8 @@ WORKS = (
          "sft --preset char10m --prompts 16 --plen 256"),
     Work("SFT, 11 M, 16x256, a plain loop", "loop_sft", "--preset char10m --batch 16 --seqlen 256",
          "sft --preset char10m --prompts 16 --plen 256"),
+    Work("PPO, 11 M, 8x8, prompt 32, 64 new", "trl_ppo", "--preset char10m --batch 64 --group 8 --plen 32 --clen 64",
+         "ppo --preset char10m --prompts 8 --group 8 --plen 32 --clen 64"),
     Work("PPO, 11 M, 64 rows, prompt 32, 64 new", "trl_ppo", "--preset char10m --batch 64 --plen 32 --clen 64",
          "ppo --preset char10m --prompts 64 --group 1 --plen 32 --clen 64"),
 )  # fmt: skip
