@@ -11,8 +11,8 @@ import importlib.util
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def function(
             register_jitable(forceinline=called in calls, **options)(called)
     made = njit(nogil=True, cache=True, **options)(python)
     # numba compiles again when the function's own file has changed; these have parts of it too.
-    changed = max(file.stat().st_mtime for file in (Path(__file__), Path(__file__).with_name("kernels.py")))
+    files = {Path(part.__code__.co_filename) for part in (*calls, *apart)}
+    changed = max(file.stat().st_mtime for file in {*files, Path(__file__), Path(__file__).with_name("kernels.py")})
     for index in Path(made.stats.cache_path).glob(f"*.{python.__name__}-*.nbi"):
         if index.stat().st_mtime < changed:
             index.unlink(missing_ok=True)
@@ -88,6 +89,46 @@ def in_threads(tasks: Iterable[Callable[[], None]]) -> None:
         wait(others)
     for other in others:
         other.result()
+
+
+def precompile(function: Any, *arguments: Any) -> None:
+    """Compile a function for such arguments, which otherwise its first call does."""
+    from numba import typeof
+
+    function.compile(tuple(map(typeof, arguments)))
+
+
+def in_team(tasks: Sequence[Callable[[], None]], *, stop: Callable[[], None]) -> None:
+    """Run tasks that wait for each other, on as many threads; this one stays open to signals.
+
+    `stop` must bring them to an end: it is called where a signal raises an exception. All of them begin, or none.
+    """
+    start = threading.Barrier(len(tasks))
+
+    def begin(task: Callable[[], None]) -> None:
+        start.wait()
+        task()
+
+    pool, lock = _team(len(tasks), os.getpid())
+    with lock:
+        members: list[Future[None]] = []
+        try:
+            for task in tasks:
+                members.append(pool.submit(begin, task))
+            wait(members)
+        except BaseException:
+            start.abort()
+            stop()
+            wait(members)
+            raise
+    for member in members:
+        member.result()
+
+
+@functools.cache
+def _team(size: int, process: int) -> tuple[ThreadPoolExecutor, threading.Lock]:
+    """Return a pool and a lock: two teams at once could each hold threads that the other waits for."""
+    return ThreadPoolExecutor(size), threading.Lock()
 
 
 @functools.cache

@@ -3,9 +3,10 @@
 Importing this imports numba: only code that is about to be compiled does.
 
 A product of a few rows with a large matrix waits for the matrix, which comes from memory once. MKL and oneDNN then read
-9 GB/s on a machine that gives 20: they copy it into another layout first, or fetch too late. Here rows are the lanes of
-a vector, x `[in, lanes]`; each weight is read once, where it lies, and meets all rows; and a tile fetches the weights
-of the next one. A sum has one accumulator and runs over the inputs in their order: a row's bits depend on nothing else.
+9 GB/s on a machine that gives 24 to two threads that do nothing else. Here rows are the lanes of a vector, x
+`[in, lanes]`; each weight is read once, where it lies, and meets all rows; and where reading takes longer than
+arithmetic, a tile fetches the next one's weights. A sum has one accumulator and runs over the inputs in their order: a
+row's bits depend on nothing else.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, codegen, config
 from numba.extending import intrinsic as _typed_intrinsic
 
 intrinsic: Any = _typed_intrinsic  # numba declares that what it makes takes a typing context, which callers do not give
 
-_HAS_32_REGISTERS = bool(binding.get_host_cpu_features().get("avx512f", False))
+_settings: Any = config  # whose names numba makes while it runs
+_FEATURES = codegen.get_host_cpu_features() if _settings.CPU_FEATURES is None else _settings.CPU_FEATURES
+_HAS_32_REGISTERS = "+avx512f" in _FEATURES.split(",")
 LANES = 16 if _HAS_32_REGISTERS else 8  # rows in a vector of floats
 ROWS = 12  # outputs that neighbouring tiles compute together
 # Vectors of rows, outputs: as many accumulators as there are registers for, beside what they are made from.
 WIDE, MIDDLE, NARROW = ((4, 6), (2, 12), (1, 12)) if _HAS_32_REGISTERS else ((2, 6), (1, 12), (1, 12))
-
 LONG = 4  # vectors that a single output takes at once
 
 _FLOAT, _INT, _INT32, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)

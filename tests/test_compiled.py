@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -59,3 +60,23 @@ def test_code_from_before_a_change_of_what_it_calls_is_compiled_again(tmp_path) 
     for index in tmp_path.rglob("*.nbi"):
         os.utime(index, (0, 0))
     assert hits() == 0
+
+
+def test_code_from_before_a_change_in_a_file_of_what_it_calls_is_compiled_again(tmp_path) -> None:
+    pytest.importorskip("numba")
+    called = tmp_path / "called.py"
+    called.write_text("def double(x):\n    return x + x\n")
+    (tmp_path / "calling.py").write_text("from called import double\n\ndef four(x):\n    return double(double(x))\n")
+    program = "import called, calling; from rlft import compiled; "
+    program += "f = compiled.function(calling.four, compiled.options(), calls=(called.double,)); "
+    program += "print(f(1.0), sum(f.stats.cache_hits.values()))"
+
+    def run() -> str:
+        variables = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | variables).stdout
+
+    assert [run(), run()] == ["4.0 0\n", "4.0 1\n"]
+    called.write_text("def double(x):\n    return 2.5 * x\n")
+    os.utime(called, (time.time() + 10, time.time() + 10))
+    assert run() == "6.25 0\n"

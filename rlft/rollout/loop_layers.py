@@ -10,7 +10,8 @@ import numpy as np
 
 from rlft.compiled import exp, f32, sigmoid_2u
 from rlft.kernels import LANES, LONG, MIDDLE, ROWS, WIDE, address_of, four, long, middle, narrow, single, wide
-from rlft.rollout.loop import VECTOR
+
+VECTOR = 16  # rows that are normalised together; a panel's width is a multiple of it
 
 
 def linear(x, address, bias, y, n, thread, team, is_residual):
@@ -54,7 +55,7 @@ def products(x, address, bias, y, n, first, last, is_residual):
 
 
 def lanes_of(n, panel, width):
-    """Return how many lanes of a panel are computed: those of its rows, in whole vectors."""
+    """Return how many lanes of a panel are looked at: those of its rows, in whole vectors. The others' are unused."""
     return min(width, -(-(n - panel * width) // VECTOR) * VECTOR)
 
 
@@ -134,15 +135,15 @@ def _compare(w, query, keys, which, n, scores, at):
 
 
 def _mix(w, scores, at, values, which, n, mixed, is_more):
-    """Write n values `[.., slots, width]` weighed by `scores[at:]` into `mixed`, or add them to it."""
-    num_slots, width = values.shape[-2:]
-    address, start, lane = address_of(scores) + 4 * at, which * num_slots * width, 0
-    while lane < width:
-        if width - lane >= LONG * LANES:
-            long(values, start + lane, n, width, LANES, address, w.zeros, mixed, lane, 0, is_more)
+    """Write n values `[.., slots, size]` weighed by `scores[at:]` into `mixed`, or add them to it."""
+    num_slots, size = values.shape[-2:]
+    address, start, lane = address_of(scores) + 4 * at, which * num_slots * size, 0
+    while lane < size:
+        if size - lane >= LONG * LANES:
+            long(values, start + lane, n, size, LANES, address, w.zeros, mixed, lane, 0, is_more)
             lane += LONG * LANES
         else:
-            single(values, start + lane, n, width, LANES, address, w.zeros, mixed, lane, 0, is_more)
+            single(values, start + lane, n, size, LANES, address, w.zeros, mixed, lane, 0, is_more)
             lane += LANES
 
 

@@ -7,21 +7,24 @@ of threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 
 from rlft import compiled
 from rlft.compiled import exp, f32
 from rlft.kernels import add_atomically, let_others_run, read_atomically
 from rlft.rollout import loop_layers
-from rlft.rollout.loop import VECTOR
-from rlft.rollout.loop_layers import attend, gelu, lanes_of, linear, normalise, products
+from rlft.rollout.loop_layers import VECTOR, attend, gelu, lanes_of, linear, normalise, products
 
 BLOCK = 48  # tokens of the vocabulary whose mass is summed first; a multiple of `rlft.kernels.ROWS`
+MET, STOP = 8, 16  # entries of `sync`, beside 0
 PATIENCE = 4096  # looks at whether all have come, before others may run meanwhile
 
 
 def decode(w, s, epsilon, temperature, end, thread, team):
-    """Decode the rows of a state `s` (`rlft.rollout.loop._State`), as thread `thread` of `team`."""
+    """Decode the rows of a state `s` (`rlft.rollout.loop_state.State`), as thread `thread` of `team`."""
     num_layers, num_heads = s.own_keys.shape[1:3]
     n = len(s.rows)
     for t in range(s.ids.shape[1]):
@@ -33,7 +36,7 @@ def decode(w, s, epsilon, temperature, end, thread, team):
             _choose(s, i, t, end, thread)
         _meet(s.sync, team)
         if thread == 0:
-            s.num_open[0] = _kept(s, n, t)
+            s.num_open[0] = _kept(s, n, t) if read_atomically(s.sync, STOP) == 0 else 0
         _meet(s.sync, team)
         n = s.num_open[0]
         if n == 0:
@@ -65,15 +68,15 @@ def decode(w, s, epsilon, temperature, end, thread, team):
 
 
 def _meet(sync, team):
-    """Wait until all threads of the team are here. `sync` counts who is, and, a cache line further, the meetings."""
+    """Wait until all threads of the team are here. `sync` counts who is, and the meetings."""
     if team > 1:
-        meeting = read_atomically(sync, 8)
+        meeting = read_atomically(sync, MET)
         if add_atomically(sync, 0, 1) == team - 1:
             sync[0] = 0
-            add_atomically(sync, 8, 1)
+            add_atomically(sync, MET, 1)
         else:
             looks = 0
-            while read_atomically(sync, 8) == meeting:
+            while read_atomically(sync, MET) == meeting:
                 looks += 1
                 if looks > PATIENCE:
                     let_others_run()
@@ -167,7 +170,8 @@ def _embed(w, s, i, t):
         s.x[panel, c, lane] = w.wte[token, c] + w.wpe[position, c]
 
 
-def function():
+@cache
+def function() -> Callable[..., None]:
     """Return `decode`, compiled. No sum may be reordered: its bits would depend on how many lanes there are."""
     calls = (_meet, _score, _weigh, _choose, _kept, _embed, *loop_layers.CALLS)
     return compiled.function(decode, compiled.options("contract", "nsz"), calls=calls, apart=(products,))

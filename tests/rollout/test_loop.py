@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +28,7 @@ pytest.importorskip("numba")
 CPU = torch.device("cpu")
 EOS = 4
 PROMPTS = random_ids(1, [3, 1, 7, 12, 3])
-PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 4, 1, 0, 3, 2, 4])  # 19 rows: three blocks
+PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 4, 1, 0, 3, 2, 4])  # 19 rows: two vectors
 MAX_NEW = 14
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -161,10 +167,19 @@ def test_many_rows_far_into_the_context_equal_float64_forwards(n_head: int) -> N
     prefix, hidden = prefilled(policy, prompts)
     prompt_of_row, draws = torch.arange(num_rows) % 3, uniforms(num_rows, max_new)
     room = 3 + 7 * torch.arange(num_rows) % max_new  # rows leave their panels
-    ids, logprobs, counts, _ = loop.decode(
-        policy, prefix, hidden[prompt_of_row], prompt_of_row, room, draws, max_new=max_new, temperature=0.8, eos_id=None
-    )
+
+    def drawn_by(rows: list[int]) -> Result:
+        of = prompt_of_row[rows]
+        return loop.decode(
+            policy, prefix, hidden[of], of, room[rows], draws[rows], max_new=max_new, temperature=0.8, eos_id=None
+        )
+
+    ids, logprobs, counts, stopped = drawn_by(list(range(num_rows)))
     assert counts.equal(room.clamp(max=max_new))
+    for number, rows in enumerate([[0], [63], [64], [149], list(range(48)), list(range(40, 104)), list(range(100))]):
+        torch.set_num_threads(1 + number % 3)
+        together = (whole[rows] for whole in (ids, logprobs, counts, stopped))
+        assert all(a.equal(b) for a, b in zip(drawn_by(rows), together, strict=True))
     exact = copy.deepcopy(policy).double()
     for row in range(num_rows):
         prompt, n = prompts[prompt_of_row[row]], int(counts[row])
@@ -225,6 +240,23 @@ def test_the_token_is_the_first_whose_cumulative_probability_exceeds_the_draw() 
     torch.testing.assert_close(logprobs[:2], torch.tensor([1 / 38, 36 / 38]).log(), rtol=0, atol=1e-6)
 
 
+def test_a_draw_finds_its_block_of_a_larger_vocabulary() -> None:
+    """Five blocks of 48; the only tokens with a probability are in the second and the fourth."""
+    logits = [-200.0] * 200
+    logits[60] = logits[150] = logits[151] = 0.0
+    policy = with_logits(logits)
+    draws = torch.tensor([0.0, 0.3333, 0.3334, 0.6666, 0.6667, 1 - 2**-53], dtype=torch.float64)
+    ids, logprobs = drawn(policy, draws)
+    assert ids.tolist() == [60, 60, 150, 150, 151, 151]
+    torch.testing.assert_close(logprobs, torch.full((6,), -np.log(3)).float(), rtol=0, atol=1e-6)
+    assert drawn(policy, None)[0].tolist() == [60, 60, 60]
+    logits[60] = -np.log(2.0)  # 1/5, 2/5, 2/5
+    logits[199] = -np.log(2.0) + 0.0
+    policy = with_logits(logits)  # 1/6, 1/3, 1/3, 1/6: the last token of the last block
+    assert drawn(policy, torch.tensor([0.8333, 0.8334, 1 - 2**-53], dtype=torch.float64))[0].tolist() == [151, 199, 199]
+    assert drawn(policy, torch.tensor([0.2], dtype=torch.float64))[0].tolist() == [150]  # a single new token
+
+
 def test_greedy_takes_the_first_of_the_largest_logits() -> None:
     ids, logprobs = drawn(with_logits([-3.0, -1.0, -2.0, -1.0, -1.0]), None)
     assert ids.tolist() == [1, 1, 1]
@@ -242,6 +274,63 @@ def test_a_nan_shows_in_the_logprobs_and_not_in_the_ids(greedy: bool) -> None:
     assert ids.min() >= 0 and ids.max() < policy.vocab_size
 
 
+def test_a_nan_in_one_row_stays_there() -> None:
+    policy, draws = policy_of(), uniforms()
+    before = decoded(policy, draws=draws)
+    prefix, hidden = prefilled(policy, PROMPTS)
+    first = hidden[PROMPT_OF_ROW].clone()
+    first[3] = torch.nan
+    room = policy.context_length - prefix.lengths[PROMPT_OF_ROW]
+    after = loop.decode(policy, prefix, first, PROMPT_OF_ROW, room, draws, max_new=MAX_NEW, temperature=1.0, eos_id=EOS)
+    others = torch.arange(len(room)) != 3
+    assert all(a[others].equal(b[others]) for a, b in zip(after, before, strict=True))
+    assert after[1][3, 0].isnan()
+
+
+def test_calls_from_two_threads_do_not_wait_for_each_other_for_ever() -> None:
+    policy, draws = policy_of(), uniforms()
+    want = decoded(policy, draws=draws)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(decoded, policy, draws=draws) for _ in range(20)]:
+            assert all(a.equal(b) for a, b in zip(done.result(timeout=60), want, strict=True))
+
+
+def test_a_signal_ends_a_team(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception from a handler comes through at once, and the threads are free for the next call."""
+    monkeypatch.setattr(loop, "ALONE", 0)
+    policy, one = policy_of(n_positions=4096, n_embd=64), torch.zeros(1, dtype=torch.int64)
+    prefix, hidden = prefilled(policy, [[1]])
+
+    def decode(max_new: int) -> Result:
+        return loop.decode(
+            policy, prefix, hidden, one, one + max_new, None, max_new=max_new, temperature=1.0, eos_id=None
+        )
+
+    want = decode(20)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(InterruptedError):
+            for _ in range(100):
+                decode(4000)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert all(a.equal(b) for a, b in zip(decode(20), want, strict=True))
+
+
+@pytest.mark.parametrize(("room", "draws", "words"), [(50, None, "positions"), (9, uniforms(1, 3), "draws must be")])
+def test_what_would_lead_beyond_an_array_is_refused(room: int, draws: Tensor | None, words: str) -> None:
+    policy, one = policy_of(), torch.zeros(1, dtype=torch.int64)
+    prefix, hidden = prefilled(policy, [PROMPTS[3]])
+    with pytest.raises(ValueError, match=words):
+        loop.decode(policy, prefix, hidden, one, one + room, draws, max_new=40, temperature=1.0, eos_id=EOS)
+
+
 def test_what_it_is_given_stays_as_it_was() -> None:
     policy = policy_of()
     prefix, hidden = prefilled(policy, [PROMPTS[3]])
@@ -250,6 +339,21 @@ def test_what_it_is_given_stays_as_it_was() -> None:
     one = torch.zeros(1, dtype=torch.int64)
     loop.decode(policy, prefix, hidden, one, one + 9, uniforms(1), max_new=MAX_NEW, temperature=0.7, eos_id=EOS)
     assert all(a.equal(b) for a, b in zip(given, before, strict=True))
+
+
+@pytest.mark.slow
+def test_vectors_of_eight_give_the_same(tmp_path: Path, threads: None) -> None:
+    """As on a processor without AVX-512: this file again, its other tests compiled for one."""
+    from llvmlite import binding
+
+    if not binding.get_host_cpu_features().get("avx512f", False):
+        pytest.skip("vectors have eight entries here")
+    narrow = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt"}
+    environment = os.environ | narrow | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    program = "from rlft.kernels import LANES; import pytest; assert LANES == 8; "
+    program += f"raise SystemExit(pytest.main(['-q', '-m', 'not slow', {__file__!r}]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 class Subclass(GPT2):
