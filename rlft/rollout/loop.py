@@ -77,14 +77,11 @@ def decode(
         raise ValueError(f"draws must be [rows, max_new] = {list(ids.shape)}, got {list(draws.shape)}")
     draws = draws.contiguous() if draws is not None else torch.empty(num_rows, 0, dtype=torch.float64)
     rows = (lengths, prompt_of_row, room, draws, ids, logprobs, counts, stopped)
-    matrices, prompts, decode_rows = (
-        loop_state.matrices_of(policy),
-        loop_state.prompts_of(prefix),
-        loop_steps.function(),
-    )
+    prompts, decode_rows = loop_state.prompts_of(prefix), loop_steps.function()
     settings = (
         np.float32(policy.config.layer_norm_epsilon), np.float32(temperature), -1 if eos_id is None else eos_id
     )  # fmt: skip
+    matrices = loop_state.matrices_of(policy)  # which must live on: the weights hold their addresses
     weights = loop_state.weights_of(policy, matrices)
 
     def state_of(these: slice, team: int) -> loop_state.State:
