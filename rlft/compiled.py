@@ -6,6 +6,8 @@ compiled. What was compiled is kept beside the source, for the next process.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -20,6 +22,8 @@ import numpy as np
 import torch
 
 f32 = np.float32  # around literals in compiled code: Python's would make float64 of what they meet
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_PROCESS = os.getpid()  # OpenMP's threads are not in a forked one
 _LOCK = threading.Lock()  # a reward that scores by a model runs in a thread of its own
 
 
@@ -70,25 +74,48 @@ def function(
 
 
 def in_threads(tasks: Iterable[Callable[[], None]]) -> None:
-    """Run tasks on as many threads as torch has, this one among them; each takes the next when it is done with one."""
-    waiting, threads = deque(tasks), torch.get_num_threads()
+    """Run tasks on as many threads as torch has, this one among them; each takes the next when it is done with one.
 
-    def work() -> None:
-        while waiting:
-            try:
-                task = waiting.popleft()
-            except IndexError:  # another thread took the last
-                return
-            task()
+    They are torch's own threads where it has OpenMP's, which after each of its operations keep a processor busy for
+    milliseconds, so as to begin the next at once: others would have to share it with them.
+    """
+    waiting = deque(tasks)
+    threads, errors = min(torch.get_num_threads(), len(waiting)), deque[BaseException]()
 
-    others = [_pool(threads, os.getpid()).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
-    try:
+    def work(_: int | None = None) -> None:
+        try:
+            while waiting:
+                try:
+                    task = waiting.popleft()
+                except IndexError:  # another thread took the last
+                    return
+                task()
+        except BaseException as error:
+            waiting.clear()  # nothing more is begun; what has begun writes into what the caller holds
+            errors.append(error)
+
+    if threads > 1 and os.getpid() == _PROCESS and (parallel := _openmp()) is not None:
+        parallel(_CALLBACK(work), None, threads, 0)
+    else:
+        others = [_pool(threads, os.getpid()).submit(work) for _ in range(threads - 1)]
         work()
-    finally:
-        waiting.clear()  # after an error nothing more is begun; what has begun writes into what the caller holds
         wait(others)
-    for other in others:
-        other.result()
+    if errors:
+        raise errors[0]
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """Return GOMP_parallel(function, data, threads, flags) of the library whose threads torch uses."""
+    with contextlib.suppress(OSError, AttributeError, IndexError):
+        loaded = [line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
+        found = sorted({path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))})
+        own = [path for path in found if path.startswith(str(Path(torch.__file__).parent))]
+        library = (own or found)[0]
+        parallel = ctypes.CDLL(library).GOMP_parallel
+        parallel.argtypes, parallel.restype = [_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+        return parallel
+    return None
 
 
 def precompile(function: Any, *arguments: Any) -> None:

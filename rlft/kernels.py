@@ -7,6 +7,9 @@ A product of a few rows with a large matrix waits for the matrix, which comes fr
 `[in, lanes]`; each weight is read once, where it lies, and meets all rows; and where reading takes longer than
 arithmetic, a tile fetches the next one's weights. A sum has one accumulator and runs over the inputs in their order: a
 row's bits depend on nothing else.
+
+Products of two activations, both in the processor's cache, are tiles of another kind: the one is read entry by entry,
+whichever way it lies, the other a vector at a time.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ intrinsic: Any = _typed_intrinsic  # numba declares that what it makes takes a t
 
 _settings: Any = config  # whose names numba makes while it runs
 _FEATURES = codegen.get_host_cpu_features() if _settings.CPU_FEATURES is None else _settings.CPU_FEATURES
-_HAS_32_REGISTERS = "+avx512f" in _FEATURES.split(",")
-LANES = 16 if _HAS_32_REGISTERS else 8  # rows in a vector of floats
+HAS_32_REGISTERS = "+avx512f" in _FEATURES.split(",")
+LANES = 16 if HAS_32_REGISTERS else 8  # rows in a vector of floats
 ROWS = 12  # outputs that neighbouring tiles compute together
 # Vectors of rows, outputs: as many accumulators as there are registers for, beside what they are made from.
-WIDE, MIDDLE, NARROW = ((4, 6), (2, 12), (1, 12)) if _HAS_32_REGISTERS else ((2, 6), (1, 12), (1, 12))
+WIDE, MIDDLE, NARROW = ((4, 6), (2, 12), (1, 12)) if HAS_32_REGISTERS else ((2, 6), (1, 12), (1, 12))
 LONG = 4  # vectors that a single output takes at once
+HIGH = 6  # rows that a product of two activations computes together
 
 _FLOAT, _INT, _INT32, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -61,13 +65,8 @@ def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[.
             weights = builder.inttoptr(address, _FLOAT.as_pointer())
             rows = [builder.mul(builder.add(first, _INT(j)), num_in) for j in range(num_outputs)]
 
-            def vector(pointer: Any, entry: Any) -> Any:
-                return builder.bitcast(builder.gep(pointer, [entry]), _VECTOR.as_pointer())
-
             def load(pointer: Any, entry: Any) -> Any:
-                loaded = builder.load(vector(pointer, entry))
-                loaded.align = 4
-                return loaded
+                return _load(builder, builder.gep(pointer, [entry]))
 
             def place(j: int, v: int) -> Any:
                 return builder.add(builder.mul(builder.add(first, _INT(j)), width), _INT(v * LANES))
@@ -104,12 +103,53 @@ def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[.
             sums = _loop(builder, most, num_in, 1, sums, step)
             for j in range(num_outputs):
                 for v in range(num_vectors):
-                    builder.store(sums[j * num_vectors + v], vector(y, place(j, v))).align = 4
+                    _store(builder, sums[j * num_vectors + v], builder.gep(y, [place(j, v)]))
             return context.get_dummy_value()
 
         return signature, code
 
     return tile
+
+
+def _product(num_vectors: int) -> Callable[..., None]:
+    """Return product(a, a_row, a_step, b, b_row, num, c, c_row, is_added), for compiled code.
+
+    For `HIGH` rows j it writes c[j, :] = sum_k a[j, k] b[k, :], of so many vectors, c's old value added where
+    `is_added`. a, b and c are addresses of float32 entries; a's lie `a_row` entries from row to row and `a_step` from k
+    to k, those of b and c follow each other in rows that lie `b_row` and `c_row` apart.
+    """
+
+    @intrinsic
+    def product(typing: Any, a, a_row, a_step, b, b_row, num, c, c_row, is_added):
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            a, a_row, a_step, b, b_row, num, c, c_row, is_added = arguments
+            a, b, c = (builder.inttoptr(address, _FLOAT.as_pointer()) for address in (a, b, c))
+            starts = [builder.gep(a, [builder.mul(a_row, _INT(j))]) for j in range(HIGH)]
+            ends = [
+                builder.gep(c, [builder.add(builder.mul(c_row, _INT(j)), _INT(v * LANES))])
+                for j in range(HIGH)
+                for v in range(num_vectors)
+            ]
+            nothing = ir.Constant(_VECTOR, [0.0] * LANES)
+            sums = [builder.select(is_added, _load(builder, end), nothing) for end in ends]
+            add = _declared(builder, f"llvm.fmuladd.v{LANES}f32", _VECTOR, [_VECTOR] * 3)
+
+            def step(k: Any, sums: list[Any], count: int) -> list[Any]:
+                row, at = builder.mul(k, b_row), builder.mul(k, a_step)
+                inputs = [
+                    _load(builder, builder.gep(b, [builder.add(row, _INT(v * LANES))])) for v in range(num_vectors)
+                ]
+                factors = [_splat(builder, builder.load(builder.gep(start, [at]))) for start in starts]
+                pairs = [(factor, value) for factor in factors for value in inputs]
+                return [builder.call(add, [*pair, total]) for pair, total in zip(pairs, sums, strict=True)]
+
+            for end, total in zip(ends, _loop(builder, _INT(0), num, 1, sums, step), strict=True):
+                _store(builder, total, end)
+            return context.get_dummy_value()
+
+        return types.void(*(types.int64,) * 8, types.boolean), code
+
+    return product
 
 
 def _loop(
@@ -131,6 +171,16 @@ def _loop(
     builder.branch(head)
     builder.position_at_end(behind)
     return carried
+
+
+def _load(builder: Any, pointer: Any) -> Any:
+    loaded = builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()))
+    loaded.align = 4
+    return loaded
+
+
+def _store(builder: Any, value: Any, pointer: Any) -> None:
+    builder.store(value, builder.bitcast(pointer, _VECTOR.as_pointer())).align = 4
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -156,6 +206,33 @@ narrow = _tile(NARROW, unrolled=16, fetches=True)
 four = _tile((1, 4), unrolled=4, fetches=False)  # what is left of a matrix whose outputs are no multiple of ROWS
 long = _tile((LONG, 1), unrolled=4, fetches=False)
 single = _tile((1, 1), unrolled=4, fetches=False)
+
+quadruple, double, simple = _product(4), _product(2), _product(1)  # a quadruple one needs 32 registers
+
+
+@intrinsic
+def transpose(typing: Any, x, x_row, y, y_row):
+    """Write the transpose of `[LANES, LANES]` float32 entries at address `x` to address `y`; rows lie so far apart."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, x_row, y, y_row = arguments
+        x, y = (builder.inttoptr(address, _FLOAT.as_pointer()) for address in (x, y))
+        rows = [_load(builder, builder.gep(x, [builder.mul(x_row, _INT(i))])) for i in range(LANES)]
+        bit = 1
+        while bit < LANES:  # swap this bit of a row's number and of a lane's
+            lanes = ir.VectorType(_INT32, LANES)
+            low = ir.Constant(lanes, [lane + (LANES - bit if lane & bit else 0) for lane in range(LANES)])
+            high = ir.Constant(lanes, [lane + (LANES if lane & bit else bit) for lane in range(LANES)])
+            for i in range(LANES):
+                if not i & bit:
+                    pair = rows[i], rows[i + bit]
+                    rows[i], rows[i + bit] = builder.shuffle_vector(*pair, low), builder.shuffle_vector(*pair, high)
+            bit *= 2
+        for i, row in enumerate(rows):
+            _store(builder, row, builder.gep(y, [builder.mul(y_row, _INT(i))]))
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 4), code
 
 
 @intrinsic

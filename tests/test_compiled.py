@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from rlft import compiled
 from rlft.compiled import exp
@@ -32,6 +37,66 @@ def test_flags_have_one_order_in_names_and_copies() -> None:
     flags = compiled.options("reassoc", "contract", "nsz", "arcp")["fastmath"]
     for same in (flags, flags.copy()):
         assert str(same) == "_Flags({'arcp', 'contract', 'nsz', 'reassoc'})"
+
+
+@pytest.fixture(params=["OpenMP's threads", "others"])
+def three_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "others":
+        monkeypatch.setattr(compiled, "_openmp", lambda: None)
+    elif compiled._openmp() is None:
+        pytest.skip("torch has no OpenMP here that could be called")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_tasks_run_once_each_on_as_many_threads_as_torch_has(three_threads: None) -> None:
+    begun, done = threading.Barrier(3, timeout=60), []
+
+    def task(number: int) -> None:
+        if number < 3:
+            begun.wait()  # raises if the first three do not run at once
+        done.append((number, threading.get_native_id()))
+
+    compiled.in_threads(partial(task, number) for number in range(20))
+    assert sorted(number for number, _ in done) == list(range(20))
+    assert len({thread for _, thread in done}) == 3
+    assert threading.get_native_id() in {thread for _, thread in done}
+
+
+def test_an_error_in_a_task_ends_the_others_and_is_raised(three_threads: None) -> None:
+    done: list[int] = []
+
+    def task(number: int) -> None:
+        if number == 4:
+            raise ZeroDivisionError("of a task")
+        time.sleep(0.01)
+        done.append(number)
+
+    with pytest.raises(ZeroDivisionError, match="of a task"):
+        compiled.in_threads(partial(task, number) for number in range(1000))
+    assert len(done) < 50
+    count = len(done)
+    time.sleep(0.05)
+    assert len(done) == count  # nothing goes on behind the caller's back
+    compiled.in_threads([partial(task, 1), partial(task, 2)])
+
+
+def test_a_forked_process_has_threads_of_its_own(three_threads: None) -> None:
+    """OpenMP's would be waited for, and are not there."""
+    compiled.in_threads([lambda: None] * 3)
+    child = os.fork()
+    if child == 0:
+        done: list[int] = []
+        compiled.in_threads(partial(done.append, number) for number in range(6))
+        os._exit(0 if sorted(done) == list(range(6)) else 1)
+    deadline = time.monotonic() + 60
+    while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if status == (0, 0):
+        os.kill(child, signal.SIGKILL)
+    assert status == (child, 0)
 
 
 def test_bits_do_not_depend_on_who_compiled(tmp_path) -> None:

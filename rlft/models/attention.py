@@ -1,110 +1,110 @@
-"""Attention of a group's completions to the prompt that they share, and each to itself: one softmax over both.
+"""Attention of packed rows, compiled: to their own tokens and to a context that several of them share, as they lie.
 
-The prompt's keys and values stay as they are, [P, H, S, D]: a group's queries meet them in one matrix product, where an
-ordinary kernel wants a copy for each row. On a CPU that takes half the time at a prompt of 256 tokens and groups of 8.
+Queries, keys and values are read where a layer's projection wrote them, and gradients are written there: nothing is
+spread out, padded, copied for each row or transposed back. numba is an optional dependency (the extra `fast`) and
+takes a while to import, so the first call imports it, and with it `attention_loops`.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlft import compiled
 
-def fits(queries: Tensor) -> bool:
-    """Whether `shared_attention` is the faster way, by measurement, and holds no more than copies would.
+WIDTH = 16  # a head is a multiple of it: vectors are 8 or 16 floats long
+CHUNKS = 8  # pieces of work for a thread, so that none waits long for the last
 
-    It keeps T x (S + T) weights a row and head, against 2 x (S + T) x D of copied keys and values and what a kernel
-    saves of its own; narrow heads are better off in torch's kernel.
+
+@dataclass(frozen=True)
+class Segments:
+    """Which of N packed tokens belong together: P contexts, and B rows of which each continues one.
+
+    A token attends to those of its own segment up to itself, and a row's to the whole context before them. Every token
+    is in one segment; `contexts` and `rows` hold the first token and the number of tokens of each.
     """
-    head_dim, T = queries.shape[3], queries.shape[2]
-    return queries.device.type == "cpu" and head_dim >= 32 and 2 * head_dim >= T
+
+    contexts: Tensor  # [P, 2] int64
+    rows: Tensor  # [B, 2] int64, those of a context next to each other, in the order of contexts
+    first_row: Tensor  # [P + 1] int64: context p has rows first_row[p] .. first_row[p + 1] - 1
+
+    @classmethod
+    def of(cls, contexts: Tensor, rows: Tensor, context_of_row: Tensor) -> Segments | None:
+        """Put rows in order; None on another device, where nothing here takes them."""
+        if contexts.device.type != "cpu":
+            return None
+        order = context_of_row.argsort(stable=True)
+        counts = torch.bincount(context_of_row, minlength=len(contexts))
+        return cls(contexts, rows[order], torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
-def shared_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, prompt_keys: Tensor, prompt_values: Tensor, lengths: Tensor
-) -> Tensor:
-    """Return softmax(q [k_prompt, k]^T / sqrt(D)) [v_prompt, v], causal among the new tokens; differentiable.
+def fits(qkv: Tensor, num_heads: int) -> bool:
+    """Return whether `attend` can take these."""
+    is_wide = qkv.shape[-1] % (3 * num_heads * WIDTH) == 0
+    return is_wide and qkv.device.type == "cpu" and qkv.dtype == torch.float32 and compiled.is_possible()
+
+
+def attend(qkv: Tensor, segments: Segments, num_heads: int) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v for each token's head over what its segment lets it see; differentiable once.
 
     Args:
-        queries, keys, values: [B, H, T, D]; rows p * G .. (p + 1) * G - 1 continue prompt p, G = B / P.
-        prompt_keys, prompt_values: [P, H, S, D].
-        lengths: [P] int64, tokens in each prompt; what lies behind them is not attended to.
+        qkv: [N, 3 C] float32 on the CPU: queries, keys and values, each with its heads next to each other.
+        segments: of the N tokens.
 
     Returns:
-        [B, H, T, D], as `scaled_dot_product_attention` over copied prompts, up to rounding.
+        [N, C]. A token's bits depend on nothing but its segment and context.
     """
-    T, S = queries.shape[2], prompt_keys.shape[2]
-    gap = torch.arange(S, device=lengths.device) >= lengths[:, None]
-    future = torch.ones(T, T, dtype=torch.bool, device=lengths.device).triu(1)
-    hidden = torch.cat([gap[:, None].expand(-1, T, -1), future.expand(len(lengths), -1, -1)], dim=2)
-    bias = queries.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]  # [P, 1, T, S + T]
-    return _SharedAttention.apply(queries, keys, values, prompt_keys, prompt_values, bias)
+    return _Attention.apply(qkv.contiguous(), segments, num_heads)
 
 
-class _SharedAttention(torch.autograd.Function):
-    """d weights = d out v^T;  d scores = weights (d weights - sum(weights d weights))."""
-
+class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        prompt_keys: Tensor,
-        prompt_values: Tensor,
-        bias: Tensor,
-    ) -> Tensor:
-        B, H, T, D = queries.shape
-        P, _, S, _ = prompt_keys.shape
-        ctx.sizes = P, B // P, H, T, S, D
-        scale = D**-0.5
-        q, k, v = _grouped(queries * scale, P), _grouped(keys, P), _grouped(values, P)  # [P H G, T, D]
-        kp, vp = prompt_keys.reshape(P * H, S, D), prompt_values.reshape(P * H, S, D)
-        of_prompt = torch.bmm(q.view(P * H, -1, D), kp.transpose(1, 2)).view(-1, T, S)
-        scores = torch.cat([of_prompt, torch.bmm(q, k.transpose(1, 2))], dim=2)
-        scores.view(P, -1, T, S + T).add_(bias)
-        weights = scores.softmax(dim=2)
-        out = torch.bmm(_of_prompt(weights, P * H, S), vp).view(-1, T, D)
-        out.baddbmm_(weights[..., S:], v)
-        ctx.save_for_backward(q, k, v, kp, vp, weights)
-        return _ungrouped(out, P, H)
+    def forward(ctx: Any, qkv: Tensor, segments: Segments, num_heads: int) -> Tensor:
+        N, C = len(qkv), qkv.shape[1] // 3
+        out, normalisers = qkv.new_empty(N, C), qkv.new_empty(num_heads, N)
+        _in_threads(_compiled()[0], qkv, segments, num_heads, out, normalisers)
+        ctx.save_for_backward(qkv, out, normalisers)
+        ctx.segments, ctx.num_heads = segments, num_heads
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, kp, vp, weights = ctx.saved_tensors
-        P, _, H, T, S, D = ctx.sizes
-        grad = _grouped(grad, P)
-        joint = grad.view(P * H, -1, D)
-        of_prompt = _of_prompt(weights, P * H, S)
-        grad_vp, grad_v = torch.bmm(of_prompt.transpose(1, 2), joint), torch.bmm(weights[..., S:].transpose(1, 2), grad)
-        to_prompt = torch.bmm(joint, vp.transpose(1, 2)).view(-1, T, S)
-        grad_weights = torch.cat([to_prompt, torch.bmm(grad, v.transpose(1, 2))], dim=2)
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, 2, weights.dtype)
-        to_prompt, own = _of_prompt(grad_scores, P * H, S), grad_scores[..., S:]
-        grad_q = torch.bmm(to_prompt, kp).view(-1, T, D)
-        grad_q.baddbmm_(own, k).mul_(D**-0.5)
-        grad_kp, grad_k = torch.bmm(to_prompt.transpose(1, 2), q.view(P * H, -1, D)), torch.bmm(own.transpose(1, 2), q)
-        mine = (_ungrouped(x, P, H) for x in (grad_q, grad_k, grad_v))
-        return *mine, grad_kp.view(P, H, S, D), grad_vp.view(P, H, S, D), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        qkv, out, normalisers = ctx.saved_tensors
+        grad_qkv = torch.empty_like(qkv)
+        _in_threads(_compiled()[1], qkv, ctx.segments, ctx.num_heads, out, normalisers, grad.contiguous(), grad_qkv)
+        return grad_qkv, None, None
 
 
-def _grouped(x: Tensor, num_prompts: int) -> Tensor:
-    """`[B, H, T, D]` to `[P H G, T, D]`, the rows of a group next to each other under each head."""
-    B, H, T, D = x.shape
-    return x.reshape(num_prompts, B // num_prompts, H, T, D).transpose(1, 2).reshape(-1, T, D)
+def _in_threads(
+    function: Callable[..., None], qkv: Tensor, segments: Segments, num_heads: int, *others: Tensor
+) -> None:
+    """Call a compiled function on parts of the contexts and heads: no two write to the same place."""
+    given = (qkv, segments.contexts, segments.rows, segments.first_row)
+    arrays, rest = [x.detach().numpy() for x in given], [x.detach().numpy() for x in others]
+    num_contexts, threads = len(segments.contexts), torch.get_num_threads()
+    size = -(-num_contexts // (CHUNKS * threads))
+    heads = -(-num_heads // -(-threads // num_contexts))  # a token's lie side by side: better read by one thread
+    parts = itertools.product(range(0, num_contexts, size), range(0, num_heads, heads))
+
+    def work(first: int, head: int) -> None:
+        last, last_head = min(first + size, num_contexts), min(head + heads, num_heads)
+        function(*arrays, num_heads, first, last, head, last_head, *rest)
+
+    compiled.in_threads(partial(work, *part) for part in parts)
 
 
-def _ungrouped(x: Tensor, num_prompts: int, num_heads: int) -> Tensor:
-    """Turn `_grouped` back; the result lies in memory as [B, T, H, D], as its users want it."""
-    _, T, D = x.shape
-    x = x.view(num_prompts, num_heads, -1, T, D).permute(0, 2, 3, 1, 4)  # [P, G, T, H, D]
-    return x.reshape(-1, T, num_heads, D).transpose(1, 2)
+@cache
+def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return `forward` and `backward`; infinities and NaNs keep their meaning."""
+    from rlft.models import attention_loops as loops
 
-
-def _of_prompt(weights: Tensor, num_pairs: int, num_slots: int) -> Tensor:
-    """The part of `[P H G, T, S + T]` that falls on prompts, a group's rows together: `[P H, G T, S]`."""
-    return weights.view(num_pairs, -1, weights.shape[2])[..., :num_slots]
+    made = partial(compiled.function, options=compiled.options("contract", "nsz"), calls=loops.CALLS, apart=loops.APART)
+    return made(loops.forward), made(loops.backward)

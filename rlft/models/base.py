@@ -10,14 +10,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from rlft.models.attention import Segments
+
 
 class Cache(Protocol):
     """Keys and values of other tokens, as a model's attention layers meet them (`rlft/rollout/cache.py`).
 
     A model of ours leaves attention to `attend`; one of another library asks for all keys and values by `extend`, and
-    for what may be seen of them by `mask`.
+    for what may be seen of them by `mask`. Where all tokens that are there are new, `segments` may say which belong
+    together (on a CPU); attention then can do without `attend`.
     """
 
+    segments: Segments | None
     used: int  # slots that earlier tokens fill, gaps among them; the same in every row
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlft.counted import generator
 from rlft.errors import CheckpointError, ConfigError
+from rlft.models import attention
 from rlft.models.base import Cache, CacheShape, CausalLM
 from rlft.models.files import CONFIG_KEY, read_weights
 from rlft.models.gelu import gelu
@@ -83,15 +84,21 @@ class Attention(nn.Module):
         self.is_causal = config.is_causal
 
     def forward(self, x: Tensor, cache: Cache | None, outputs: Tensor | None = None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        y = self.c_proj(_at(outputs, self._attend(self.c_attn(x), cache)))
+        return F.dropout(y, self.dropout, self.training)
+
+    def _attend(self, qkv: Tensor, cache: Cache | None) -> Tensor:
+        """Return `[B, T, C]` from queries, keys and values `[B, T, 3 C]`."""
         dropout = self.dropout if self.training else 0.0
+        if cache is not None and cache.segments is not None and not dropout and attention.fits(qkv, self.n_head):
+            return attention.attend(qkv[0], cache.segments, self.n_head)[None]
+        B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in qkv.split(C, dim=2))
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=self.is_causal and T > 1)
         else:
             y = cache.attend(self.layer, q, k, v, dropout=dropout)
-        y = self.c_proj(_at(outputs, y.transpose(1, 2).reshape(B, T, C)))
-        return F.dropout(y, self.dropout, self.training)
+        return y.transpose(1, 2).reshape(B, T, C)
 
 
 class MLP(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlft.errors import ConfigError
-from rlft.models import attention
+from rlft.models.attention import Segments
 from rlft.models.base import CausalLM
 from rlft.rollout.cache import ExpandedPrefix, PrefixCache, prompt_slots
 
@@ -68,8 +68,12 @@ class Packing:
         mask = prompt_slots(lengths, num_places)
         self.places = None if bool(mask.all()) else mask.flatten().nonzero()[:, 0]  # [N]; None where all are filled
         self.num_tokens = len(lengths) * num_places if self.places is None else len(self.places)
-        self.starts = lengths.cumsum(0) - lengths  # [R], of each row among the tokens
+        self.lengths, self.starts = lengths, lengths.cumsum(0) - lengths  # [R], of each row among the tokens
         self.ends = self.starts + lengths - 1  # [R], a row's last token
+
+    def segments(self, *, behind: int = 0) -> Tensor:
+        """Each row's first token, where so many tokens come before, and number of tokens, int64 `[R, 2]`."""
+        return torch.stack([self.starts + behind, self.lengths], dim=1)
 
     @property
     def positions(self) -> Tensor:
@@ -123,9 +127,9 @@ class PackedRows:
         first = prompts.ends[rows.prompt_of_row, None]
         before = torch.cat([first, prompts.num_tokens + behind], dim=1)  # [B, T], of the token before each
         self.outputs, self.before = _outputs(before[rows.completion_mask], len(self.ids))
-        num_prompts, num_rows = len(rows.prompt_ids), len(rows.prompt_of_row)
-        even = torch.arange(num_prompts, device=device).repeat_interleave(num_rows // num_prompts)
-        self.is_even = torch.equal(rows.prompt_of_row, even)  # whether all groups have the same size
+        self.segments = Segments.of(
+            prompts.segments(), completions.segments(behind=prompts.num_tokens), rows.prompt_of_row
+        )
         self.expanded: ExpandedPrefix | None = None
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:
@@ -135,15 +139,9 @@ class PackedRows:
         if sizes[1] == 0:
             return of_prompts
         own_q, own_k, own_v = (self.completions.spread(x) for x in (own_q, own_k, own_v))
-        prompt_keys, prompt_values = self.prefix.keys[layer], self.prefix.values[layer]
-        if self.is_even and not dropout and attention.fits(own_q):
-            of_completions = attention.shared_attention(
-                own_q, own_k, own_v, prompt_keys, prompt_values, self.prefix.lengths
-            )
-        else:
-            if self.expanded is None:
-                self.expanded = self.prefix.expand(self.prompt_of_row)
-            of_completions = self.expanded.attend(layer, own_q, own_k, own_v, dropout=dropout)
+        if self.expanded is None:
+            self.expanded = self.prefix.expand(self.prompt_of_row)
+        of_completions = self.expanded.attend(layer, own_q, own_k, own_v, dropout=dropout)
         return torch.cat([of_prompts, self.completions.gather(of_completions)], dim=2)
 
 
@@ -158,6 +156,8 @@ class _Unshared(PackedPrefix):
         of_prompt = rows.prompt_ids.gather(1, place.clamp(max=S - 1))
         of_completion = rows.completion_ids.gather(1, (place - prompt_lengths).clamp(min=0, max=T - 1))
         self.ids = self.packing.pack(torch.where(place < prompt_lengths, of_prompt, of_completion))
+        alone = self.packing.segments()
+        self.segments = Segments.of(alone, alone[:0], rows.prompt_of_row[:0])
         self.positions = self.packing.positions
         before = self.packing.starts[:, None] + prompt_lengths - 1 + torch.arange(T, device=read.device)  # [B, T]
         self.outputs, self.before = _outputs(before[rows.completion_mask], len(self.ids))

@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlft.models.attention import Segments
 from rlft.models.base import CacheShape
 
 
 class ExtendedCache(ABC):
     """A cache whose attention is the plain one over what `extend` returns, under `mask`."""
+
+    segments: Segments | None = None
 
     def __init__(self) -> None:
         self.used = 0

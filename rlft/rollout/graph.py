@@ -42,6 +42,8 @@ class StaticCache:
     Memory: 2 * layers * B * H * (S + max_new_tokens) * D elements; each row has a copy of its prompt's.
     """
 
+    segments = None
+
     def __init__(self, prefix: PrefixCache, prompt_of_row: Tensor, *, max_new_tokens: int, shape: CacheShape) -> None:
         num_rows, self.used = len(prompt_of_row), prefix.keys[0].shape[2]
         self.num_slots = _aligned(self.used + max_new_tokens)

@@ -21,6 +21,8 @@ class SharedDecodeCache:
     2 * layers * H * (P * S + B * max_new_tokens) * D elements; with joined rows up to 2 max_new_tokens.
     """
 
+    segments = None
+
     def __init__(self, prefix: PrefixCache, prompt_of_row: Tensor, *, max_new_tokens: int, shape: CacheShape) -> None:
         # Keys of prompts lie transposed, [P, H, D, S], as the product with queries wants them.
         self.prompt_keys = [keys.transpose(2, 3).contiguous() for keys in prefix.keys]

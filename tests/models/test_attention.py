@@ -1,58 +1,167 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.models.attention import fits, shared_attention
+from rlft import compiled
+from rlft.models.attention import Segments, attend, fits
+from rlft.models.rows import Rows
+from rlft.models.scorer import Scorer
+from tests.models.tiny import random_ids, rows_of, tiny
 
-P, G, H, T, S, D = 3, 2, 2, 4, 5, 3
-LENGTHS = torch.tensor([5, 2, 4])
+pytest.importorskip("numba")
 
-
-def inputs() -> tuple[Tensor, ...]:
-    """Queries, keys and values of completions, keys and values of prompts."""
-    noise = torch.Generator().manual_seed(0)
-    sizes = [(P * G, H, T, D)] * 3 + [(P, H, S, D)] * 2
-    return tuple(torch.randn(*size, dtype=torch.float64, generator=noise, requires_grad=True) for size in sizes)
-
-
-def copied(q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor) -> Tensor:
-    """Torch's own attention, over a copy of the prompt for each row."""
-    of_row = torch.arange(P).repeat_interleave(G)
-    seen = (torch.arange(S) < LENGTHS[of_row, None])[:, None, None].expand(-1, 1, T, -1)
-    causal = torch.ones(T, T, dtype=torch.bool).tril().expand(P * G, 1, T, T)
-    keys, values = torch.cat([kp[of_row], k], dim=2), torch.cat([vp[of_row], v], dim=2)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=torch.cat([seen, causal], dim=3))
+# Lengths around what is computed at once: 6 keys, 16 queries, 64 queries; contexts that nobody continues, empty rows.
+CONTEXTS = [5, 33, 1, 64, 130]
+ROWS = [[3, 70, 16], [0, 1, 17], [130, 64, 65], [], [63, 6]]
 
 
-def test_values_and_gradients_are_those_of_copied_prompts() -> None:
-    given = inputs()
-    ours, theirs = shared_attention(*given, LENGTHS), copied(*given)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
-    weights = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for got, expected in zip(
-        torch.autograd.grad((ours * weights).sum(), given),
-        torch.autograd.grad((theirs * weights).sum(), given),
-        strict=True,
-    ):
-        assert expected.abs().max() > 0.1
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_gradients_by_finite_differences() -> None:
-    assert torch.autograd.gradcheck(lambda *given: shared_attention(*given, LENGTHS), inputs())
+def segments(contexts: list[int], rows: list[list[int]], *, is_shuffled: bool = False) -> tuple[Segments, int]:
+    """Contexts and then their rows, one after the other; return also how many tokens they are."""
+    sizes = contexts + [size for group in rows for size in group]
+    table = torch.tensor(sizes)
+    places = torch.stack([table.cumsum(0) - table, table], dim=1)
+    owners = torch.tensor([p for p, group in enumerate(rows) for _ in group], dtype=torch.int64)
+    of_rows = places[len(contexts) :]
+    order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(7)) if is_shuffled else slice(None)
+    made = Segments.of(places[: len(contexts)], of_rows[order], owners[order])
+    assert made is not None
+    return made, sum(sizes)
 
 
-def test_nothing_behind_a_prompts_end_is_seen() -> None:
-    q, k, v, kp, vp = (x.detach() for x in inputs())
-    before = shared_attention(q, k, v, kp, vp, LENGTHS)
-    kp[1, :, 2:] += 100.0
-    vp[1, :, 2:] += 100.0
-    assert torch.equal(shared_attention(q, k, v, kp, vp, LENGTHS), before)
+def drawn(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("head_dim", "length", "expected"), [(64, 63, True), (16, 63, False), (64, 500, False)])
-def test_it_is_for_wide_heads_and_short_completions(head_dim: int, length: int, expected: bool) -> None:
-    assert fits(torch.empty(1, 1, length, head_dim)) == expected
+def masked(qkv: Tensor, which: Segments, num_heads: int) -> Tensor:
+    """Torch's attention of all tokens to all, in float64, under a mask of who sees whom."""
+    N, C = len(qkv), qkv.shape[1] // 3
+    seen = torch.zeros(N, N, dtype=torch.bool)
+    for start, n in [*which.contexts.tolist(), *which.rows.tolist()]:
+        seen[start : start + n, start : start + n] = torch.ones(n, n, dtype=torch.bool).tril()
+    for p, (context, m) in enumerate(which.contexts.tolist()):
+        for start, n in which.rows[which.first_row[p] : which.first_row[p + 1]].tolist():
+            seen[start : start + n, context : context + m] = True
+    q, k, v = (x.view(N, num_heads, -1).transpose(0, 1) for x in qkv.double().split(C, dim=1))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1).reshape(N, C)
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(2, 16), (3, 32), (1, 48), (2, 64), (1, 80)])
+@pytest.mark.parametrize("is_shuffled", [False, True], ids=["in order", "shuffled"])
+def test_values_and_gradients_are_those_of_masked_attention(
+    num_heads: int, head_dim: int, is_shuffled: bool, threads: None
+) -> None:
+    which, N = segments(CONTEXTS, ROWS, is_shuffled=is_shuffled)
+    qkv, weights = drawn(N, 3 * num_heads * head_dim), drawn(N, num_heads * head_dim, seed=1)
+    ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    out, expected = attend(ours, which, num_heads), masked(theirs, which, num_heads)
+    (grad,) = torch.autograd.grad((out * weights).sum(), ours)
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), theirs)
+    assert expected.abs().max() > 1 and expected_grad.abs().max() > 1
+    # Sums of up to 260 terms of size 1: a few dozen of float32's roundings, 6e-8 each.
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-6)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=2e-5)
+
+
+def test_contexts_alone_attend_causally() -> None:
+    which, N = segments([7, 90], [[], []])
+    qkv = drawn(N, 96)
+    torch.testing.assert_close(attend(qkv, which, 2).double(), masked(qkv, which, 2), rtol=0, atol=3e-6)
+
+
+def results(qkv: Tensor, which: Segments) -> tuple[Tensor, Tensor]:
+    given = qkv.clone().requires_grad_()
+    out = attend(given, which, 2)
+    return out.detach(), torch.autograd.grad((out * out.detach().sin()).sum(), given)[0]
+
+
+def test_bits_depend_on_a_context_and_its_rows_alone() -> None:
+    (which, N), before = segments(CONTEXTS, ROWS), torch.get_num_threads()
+    qkv = drawn(N, 96)
+    together = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        together.append(results(qkv, which))
+    torch.set_num_threads(before)
+    for other in together[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(together[0], other, strict=True))
+    for p, (context, group) in enumerate(zip(CONTEXTS, ROWS, strict=True)):
+        places = [
+            *which.contexts[p : p + 1].tolist(),
+            *which.rows[which.first_row[p] : which.first_row[p + 1]].tolist(),
+        ]
+        tokens = torch.cat([torch.arange(start, start + n) for start, n in places])
+        alone = results(qkv[tokens], segments([context], [group])[0])
+        assert all(torch.equal(a, b[tokens]) for a, b in zip(alone, together[0], strict=True))
+
+
+def test_a_row_that_is_nan_spoils_its_own_group_alone() -> None:
+    which, N = segments([5, 9], [[20, 3], [20]])
+    qkv = drawn(N, 96)
+    clean = results(qkv, which)
+    qkv[int(which.rows[0, 0]) + 4, 5] = torch.nan  # a query of the first context's first row
+    out, grad = results(qkv, which)
+    hit = torch.zeros(N, dtype=torch.bool)
+    hit[int(which.rows[0, 0]) + 4] = True
+    assert torch.equal(out.isnan().any(1), hit)
+    first = torch.cat([torch.arange(5), torch.arange(14, 37)])  # the first context and its rows
+    second = torch.cat([torch.arange(5, 14), torch.arange(37, N)])
+    assert grad[first].isnan().any() and torch.equal(grad[second], clean[1][second])
+
+
+def test_large_scores_do_not_overflow() -> None:
+    which, N = segments([5, 9], [[20, 3], [20]])
+    qkv = drawn(N, 96) * 40
+    torch.testing.assert_close(attend(qkv, which, 2).double(), masked(qkv, which, 2), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "num_heads", "expected"),
+    [
+        (torch.zeros(1, 4, 96), 2, True), (torch.zeros(1, 4, 96), 4, False), (torch.zeros(1, 4, 120), 2, False),
+        (torch.zeros(1, 4, 96).double(), 2, False), (torch.zeros(1, 4, 96).bfloat16(), 2, False),
+    ],
+    ids=["it fits", "narrow heads", "no whole vectors", "float64", "bfloat16"],
+)  # fmt: skip
+def test_what_it_takes(qkv: Tensor, num_heads: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fits(qkv, num_heads) == expected
+    monkeypatch.setattr(compiled, "is_possible", lambda: False)
+    assert not fits(qkv, num_heads)
+
+
+SHARED = rows_of(random_ids(1, [3, 1, 7, 20]), random_ids(2, [5, 1, 9, 23, 2, 8]), [0, 2, 0, 1, 2, 2])
+UNSHARED = rows_of(random_ids(1, [3, 1, 7, 20]), random_ids(2, [5, 1, 9, 23]), [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("rows", [SHARED, UNSHARED], ids=["shared", "unshared"])
+def test_a_model_scores_by_it_as_in_float64(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row's logprobs, and the gradient of all weights."""
+    policy, calls = tiny(n_embd=32, n_positions=48, dtype=torch.float32), []
+    run = compiled.in_threads
+    monkeypatch.setattr(compiled, "in_threads", lambda tasks: calls.append("call") or run(tasks))
+    weights = drawn(*rows.completion_ids.shape)
+
+    def scored() -> tuple[Tensor, ...]:
+        logprobs = Scorer(policy)(rows).logprobs
+        return logprobs.detach(), *torch.autograd.grad((logprobs * weights).sum(), list(policy.parameters()))
+
+    ours = scored()
+    assert len(calls) == 4  # two layers, there and back
+    policy = policy.double()
+    exact = scored()
+    assert len(calls) == 4
+    for got, expected in zip(ours, exact, strict=True):
+        # Logits of several nats; gradients are sums over 48 to 70 tokens.
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-4)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlft.functional.aggregation import token_mean
-from rlft.models import attention, gpt2
+from rlft.models import gpt2
 from rlft.models.gpt2 import GPT2
 from rlft.models.rows import Rows
 from rlft.models.scorer import Scorer
@@ -21,11 +21,10 @@ COMPLETIONS = random_ids(2, [5, 1, 9, 23, 2, 8, 5, 4])
 WIDTH = 23
 
 
-@pytest.fixture(params=["packed", "packed, shared attention", "padded"], autouse=True)
+@pytest.fixture(params=["packed", "padded"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything here holds in every way that a policy is called."""
     monkeypatch.setattr(GPT2, "takes_packed", request.param != "padded")
-    monkeypatch.setattr(attention, "fits", lambda queries: "shared" in request.param)
 
 
 def shared(**padding: int) -> Rows:
