@@ -121,7 +121,9 @@ def row(rounds: list[tuple[dict, dict]], warmup: int, commit: str | None) -> dic
         "of_rounds": ratios,
         "peer_s": statistics.median(peers), "peer_range": [min(peers), max(peers)],
         "ours_s": statistics.median(ours), "ours_range": [min(ours), max(ours)],
-        "parts": second.get("parts", {}),
+        "parts": {
+            name: statistics.median(ours["parts"][name] for _, ours in rounds) for name in second.get("parts", {})
+        },
         "rss_gb": [first["rss_gb"], second["rss_gb"]],
         "steps": len(ours), "warmup": warmup,
         "versions": {"trl": first.get("trl"), "transformers": first.get("tf"), "torch": second["torch"]},

@@ -250,27 +250,24 @@ def _normalise(w, m, own, n, lanes, scale, sums):
         best[i], total[i] = -np.inf, 0
     for part in range(2):
         for j in range(own if part else 0, own + n if part else m):
-            row = w[j]
             for i in range(lanes):
-                best[i] = row[i] if row[i] > best[i] else best[i]
+                best[i] = w[j, i] if w[j, i] > best[i] else best[i]
     for i in range(lanes):
         best[i] *= scale
     for part in range(2):
         for j in range(own if part else 0, own + n if part else m):
-            row = w[j]
             for i in range(lanes):
-                row[i] = exp(row[i] * scale - best[i])
-                total[i] += row[i]
+                w[j, i] = exp(w[j, i] * scale - best[i])
+                total[i] += w[j, i]
 
 
 def _differentiate(w, s, first, last, lanes, scale, pull, normaliser):
     """Turn scores into weights and the weights' gradients into those of the scores before they were scaled."""
     for j in range(first, last):
-        weight, slope = w[j], s[j]
         for i in range(lanes):
-            weight[i] = exp(weight[i] * scale - normaliser[i])
+            w[j, i] = exp(w[j, i] * scale - normaliser[i])
             # what is hidden was not computed: it may be anything
-            slope[i] = weight[i] * (slope[i] - pull[i]) * scale if weight[i] != 0 else f32(0)
+            s[j, i] = w[j, i] * (s[j, i] - pull[i]) * scale if w[j, i] != 0 else f32(0)
 
 
 def _strip(a, a_row, a_step, b, b_row, num, c, c_row, lanes, is_added):

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from rlft import compiled
 from rlft.compiled import f32, sigmoid_2u
 
-MIN_SIZE = 2**21  # entries; below, what is saved goes into waking threads beside those of torch
+MIN_SIZE = 2**18  # entries; below, calls cost what is saved
 CHUNK = 1024  # entries; threads share a tensor out in whole chunks, so that their number changes no bit
 
 
