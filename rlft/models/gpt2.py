@@ -91,7 +91,7 @@ class Attention(nn.Module):
         """Return `[B, T, C]` from queries, keys and values `[B, T, 3 C]`."""
         dropout = self.dropout if self.training else 0.0
         if cache is not None and cache.segments is not None and not dropout and attention.fits(qkv, self.n_head):
-            return attention.attend(qkv[0], cache.segments, self.n_head)[None]
+            return attention.attend(qkv.squeeze(0), cache.segments, self.n_head).unsqueeze(0)
         B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in qkv.split(C, dim=2))
         if cache is None:

@@ -46,7 +46,7 @@ def predictors(policy: CausalLM, rows: Rows) -> Tensor:
         return _padded_predictors(policy, rows)[rows.completion_mask]
     packed = _Unshared(rows) if _is_unshared(rows) else PackedRows(rows)
     hidden = policy(packed.ids[None], positions=packed.positions[None], cache=packed, outputs=packed.outputs)
-    return hidden[0].index_select(0, packed.before)
+    return hidden.squeeze(0).index_select(0, packed.before)  # `hidden[0]` would copy its gradient
 
 
 def prefill(policy: CausalLM, prompt_ids: Tensor, lengths: Tensor) -> tuple[Tensor, PrefixCache]:
