@@ -122,7 +122,7 @@ def row(rounds: list[tuple[dict, dict]], warmup: int, commit: str | None) -> dic
         "peer_s": statistics.median(peers), "peer_range": [min(peers), max(peers)],
         "ours_s": statistics.median(ours), "ours_range": [min(ours), max(ours)],
         "parts": {
-            name: statistics.median(ours["parts"][name] for _, ours in rounds) for name in second.get("parts", {})
+            name: statistics.median(pair[1]["parts"][name] for pair in rounds) for name in second.get("parts", {})
         },
         "rss_gb": [first["rss_gb"], second["rss_gb"]],
         "steps": len(ours), "warmup": warmup,

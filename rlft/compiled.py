@@ -23,7 +23,7 @@ import torch
 
 f32 = np.float32  # around literals in compiled code: Python's would make float64 of what they meet
 _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_PROCESS = os.getpid()  # OpenMP's threads are not in a forked one
+_PROCESS = os.getpid()  # OpenMP's threads are not in one that is forked from it
 _LOCK = threading.Lock()  # a reward that scores by a model runs in a thread of its own
 
 
@@ -74,16 +74,16 @@ def function(
 
 
 def in_threads(tasks: Iterable[Callable[[], None]]) -> None:
-    """Run tasks on as many threads as torch has, this one among them; each takes the next when it is done with one.
+    """Run tasks on at most as many threads as torch has, this one among them; each takes the next when it has done one.
 
     They are torch's own threads where it has OpenMP's, which after each of its operations keep a processor busy for
     milliseconds, so as to begin the next at once: others would have to share it with them.
     """
-    waiting = deque(tasks)
-    threads, errors = min(torch.get_num_threads(), len(waiting)), deque[BaseException]()
+    waiting, began, errors = deque(tasks), deque[int](), deque[BaseException]()
 
     def work(_: int | None = None) -> None:
         try:
+            began.append(threading.get_ident())
             while waiting:
                 try:
                     task = waiting.popleft()
@@ -91,13 +91,16 @@ def in_threads(tasks: Iterable[Callable[[], None]]) -> None:
                     return
                 task()
         except BaseException as error:
-            waiting.clear()  # nothing more is begun; what has begun writes into what the caller holds
             errors.append(error)
+            waiting.clear()  # nothing more is begun; what has begun writes into what the caller holds
 
+    threads = torch.get_num_threads() if len(waiting) > 1 else 1
     if threads > 1 and os.getpid() == _PROCESS and (parallel := _openmp()) is not None:
-        parallel(_CALLBACK(work), None, threads, 0)
+        parallel(_CALLBACK(work), None, threads, 0)  # a smaller team than torch's would end some of its threads
+        if threading.get_ident() not in began:  # a signal's exception came before `work` could keep it
+            raise KeyboardInterrupt
     else:
-        others = [_pool(threads, os.getpid()).submit(work) for _ in range(threads - 1)]
+        others = [_pool(threads, os.getpid()).submit(work) for _ in range(min(threads, len(waiting)) - 1)]
         work()
         wait(others)
     if errors:
@@ -110,7 +113,7 @@ def _openmp() -> Callable[..., None] | None:
     with contextlib.suppress(OSError, AttributeError, IndexError):
         loaded = [line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line]
         found = sorted({path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))})
-        own = [path for path in found if path.startswith(str(Path(torch.__file__).parent))]
+        own = [path for path in found if str(Path(torch.__file__).parent) in map(str, Path(path).parents)]
         library = (own or found)[0]
         parallel = ctypes.CDLL(library).GOMP_parallel
         parallel.argtypes, parallel.restype = [_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,19 +84,43 @@ def test_an_error_in_a_task_ends_the_others_and_is_raised(three_threads: None) -
     compiled.in_threads([partial(task, 1), partial(task, 2)])
 
 
+def test_a_signals_exception_is_raised(three_threads: None) -> None:
+    def interrupt(*_: object) -> None:
+        raise ZeroDivisionError("of a signal")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(ZeroDivisionError, match="of a signal"):
+            compiled.in_threads(partial(time.sleep, 0.01) for _ in range(1000))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_signals_exception_before_anything_could_begin_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ctypes prints what a callback raises, and goes on."""
+    monkeypatch.setattr(compiled, "_openmp", lambda: lambda *_: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with pytest.raises(KeyboardInterrupt):
+        compiled.in_threads([lambda: None] * 3)
+
+
 def test_a_forked_process_has_threads_of_its_own(three_threads: None) -> None:
     """OpenMP's would be waited for, and are not there."""
     compiled.in_threads([lambda: None] * 3)
-    child = os.fork()
+    child, done = os.fork(), list[int]()
     if child == 0:
-        done: list[int] = []
-        compiled.in_threads(partial(done.append, number) for number in range(6))
-        os._exit(0 if sorted(done) == list(range(6)) else 1)
+        try:
+            compiled.in_threads(partial(done.append, number) for number in range(6))
+        finally:
+            os._exit(0 if sorted(done) == list(range(6)) else 1)
     deadline = time.monotonic() + 60
     while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.01)
     if status == (0, 0):
         os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert status == (child, 0)
 
 
@@ -145,3 +170,20 @@ def test_code_from_before_a_change_in_a_file_of_what_it_calls_is_compiled_again(
     called.write_text("def double(x):\n    return 2.5 * x\n")
     os.utime(called, (time.time() + 10, time.time() + 10))
     assert run() == "6.25 0\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["rollout/test_loop.py", "models/test_attention.py"])
+def test_vectors_of_eight_give_the_same(file: str, tmp_path: Path) -> None:
+    """As on a processor without AVX-512: a file of tests, compiled for one."""
+    pytest.importorskip("numba")
+    from llvmlite import binding
+
+    if not binding.get_host_cpu_features().get("avx512f", False):
+        pytest.skip("vectors have eight entries here")
+    narrow = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt"}
+    environment = os.environ | narrow | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    program = "from rlft.kernels import LANES; import pytest; assert LANES == 8; "
+    program += f"raise SystemExit(pytest.main(['-q', {str(Path(__file__).parent / file)!r}]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,8 +1,8 @@
 """Attention over segments of tokens and its gradient, as numba compiles them. Importing this imports numba.
 
 A block of queries is the lanes of its weights, `w[key, query]`, so that a softmax is done to whole vectors; what is
-computed for a block stays in the processor's cache. The weights are computed again for the gradient, from their
-logarithm's normaliser (as in FlashAttention, arXiv:2205.14135).
+computed for a block, 256 bytes for each key, stays in the processor's cache up to some thousand keys. The weights are
+computed again for the gradient, from their logarithm's normaliser (as in FlashAttention, arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Slopes(NamedTuple):
     grads: Any  # [D, BLOCK], of what attention gave
     outs: Any  # [D, BLOCK], what it gave
     weights: Any  # [longest, BLOCK]
-    keys: Any  # [longest, D], a row's
-    values: Any  # [longest, D]
+    key_grads: Any  # [longest, D], a row's
+    value_grads: Any  # [longest, D]
 
 
 def forward(qkv, contexts, rows, first_row, num_heads, first, last, first_head, last_head, out, normalisers):
@@ -68,20 +68,20 @@ def backward(
     """
     D, num, size = out.shape[1] // num_heads, last_head - first_head, _longest(contexts) + _longest(rows)
     work, slopes, most = _work(D, size), _slopes(D, size), _longest(contexts) + HIGH
-    keys, values = np.empty((num, most, D), f32), np.empty((num, most, D), f32)
+    key_grads, value_grads = np.empty((num, most, D), f32), np.empty((num, most, D), f32)  # the context's
     for p in range(first, last):
-        keys[:], values[:] = 0, 0
+        key_grads[:], value_grads[:] = 0, 0
         for r in range(first_row[p], first_row[p + 1] + 1):
             start, m = contexts[p]
             row, context = (start, m), (start, 0)  # last comes the context, when all rows have added to its gradient
             if r < first_row[p + 1]:
                 row, context = (rows[r, 0], rows[r, 1]), (start, m)
             for h in range(num):
-                sums = keys[h], values[h], keys[h], values[h]
+                added = key_grads[h], value_grads[h], key_grads[h], value_grads[h]
                 if r < first_row[p + 1]:
-                    slopes.keys[: row[1]], slopes.values[: row[1]] = 0, 0
-                    sums = slopes.keys, slopes.values, keys[h], values[h]
-                _pull(qkv, row, context, first_head + h, work, slopes, sums, out, normalisers, grad, grad_qkv)
+                    slopes.key_grads[: row[1]], slopes.value_grads[: row[1]] = 0, 0
+                    added = slopes.key_grads, slopes.value_grads, key_grads[h], value_grads[h]
+                _pull(qkv, row, context, first_head + h, work, slopes, added, out, normalisers, grad, grad_qkv)
 
 
 def _work(D, size):
@@ -121,12 +121,12 @@ def _attend(qkv, row, context, head, work, out, normalisers):
             normalisers[head, start + q0 + i] = largest[i] + np.log(total[i])
 
 
-def _pull(qkv, row, context, head, work, slopes, sums, out, normalisers, grad, grad_qkv):
-    """Write a row's gradients and add to its context's; `sums` are of keys and values, the row's and the context's."""
+def _pull(qkv, row, context, head, work, slopes, added, out, normalisers, grad, grad_qkv):
+    """Write a row's gradients; those of keys and values, its own and the context's, are added up in `added`."""
     C, D = out.shape[1], len(work.queries)
     (start, n), m, scale = row, context[1], f32(1) / np.sqrt(f32(D))
     own, w, s = _rounded(m, HIGH), work.weights, slopes.weights
-    own_keys, own_values, context_keys, context_values = sums
+    own_keys, own_values, context_keys, context_values = added
     for q0 in range(0, n, BLOCK):
         nq = min(BLOCK, n - q0)
         lanes = _rounded(nq, LANES)

@@ -8,7 +8,6 @@ dependency (the extra `fast`) and takes a while to import, so the first large te
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -49,17 +48,19 @@ class _Gelu(torch.autograd.Function):
         return grad_x
 
 
-def _in_threads(function: Callable[..., None], *tensors: Tensor) -> None:
+def _in_threads(function: Any, *tensors: Tensor) -> None:
     """Call a compiled function on equal parts of the tensors, the last of which it writes."""
     arrays = [tensor.detach().view(-1).numpy() for tensor in tensors]
     size = len(arrays[0])
     part = -(-size // (torch.get_num_threads() * CHUNK)) * CHUNK
     parts = [slice(start, start + part) for start in range(0, size, part)]
+    if not function.signatures:  # here, where a signal can end it
+        compiled.precompile(function, *arrays)
     compiled.in_threads([partial(function, *(array[these] for array in arrays)) for these in parts])
 
 
 @cache
-def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
+def _compiled() -> tuple[Any, Any]:
     """Return `_forward` and `_backward`; infinities and NaNs keep their meaning."""
     options = compiled.options("contract", "nsz", "arcp")
     return compiled.function(_forward, options), compiled.function(_backward, options)

@@ -2,8 +2,9 @@
 
 Everything in a transformer but attention treats tokens one by one, and that is nine tenths of its arithmetic. So a
 model that leaves attention to its cache (`CausalLM.takes_packed`) reads P prompts and B completions as one row of N
-tokens, `[prompts | completions]`, and only attention spreads them out into rows. Each prompt stands there once for its
-whole group: its completions attend to its keys and values, and gradients flow back through them, which is exact.
+tokens, `[prompts | completions]`, and only attention spreads them out into rows, unless it is compiled
+(`rlft.models.attention`). Each prompt stands there once for its whole group: its completions attend to its keys and
+values, and gradients flow back through them, which is exact.
 """
 
 from __future__ import annotations

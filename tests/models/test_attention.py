@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlft import compiled
+from rlft.models import attention
 from rlft.models.attention import Segments, attend, fits
 from rlft.models.rows import Rows
 from rlft.models.scorer import Scorer
@@ -20,12 +21,20 @@ CONTEXTS = [5, 33, 1, 64, 130]
 ROWS = [[3, 70, 16], [0, 1, 17], [130, 64, 65], [], [63, 6]]
 
 
-@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+@pytest.fixture(params=[1, 2, 5], ids="{} threads".format)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by an entry with every call of compiled code on this module's behalf."""
+    calls, run = [], attention._in_threads
+    monkeypatch.setattr(attention, "_in_threads", lambda *args: calls.append("call") or run(*args))
+    return calls
 
 
 def segments(contexts: list[int], rows: list[list[int]], *, is_shuffled: bool = False) -> tuple[Segments, int]:
@@ -75,6 +84,23 @@ def test_values_and_gradients_are_those_of_masked_attention(
     torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("contexts", "rows"),
+    [([40, 3] * 9 + [70], [[9, 2], [], [66]] * 6 + [[5]]), ([33], [[70, 3]]), ([33, 9], [[70], [5, 8]])],
+    ids=["more contexts than parts", "one", "two"],
+)
+def test_whoever_computes_which_contexts_and_heads(contexts: list[int], rows: list[list[int]], threads: None) -> None:
+    """A thread takes several contexts, one, or some of its heads, with what it computed last still in its hands."""
+    which, N = segments(contexts, rows)
+    given, weights = drawn(N, 3 * 3 * 16).requires_grad_(), drawn(N, 3 * 16, seed=1)
+    exact = given.detach().double().requires_grad_()
+    out, expected = attend(given, which, 3), masked(exact, which, 3)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-6)
+    (grad,) = torch.autograd.grad((out * weights).sum(), given)
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), exact)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=2e-5)
+
+
 def test_contexts_alone_attend_causally() -> None:
     which, N = segments([7, 90], [[], []])
     qkv = drawn(N, 96)
@@ -91,10 +117,12 @@ def test_bits_depend_on_a_context_and_its_rows_alone() -> None:
     (which, N), before = segments(CONTEXTS, ROWS), torch.get_num_threads()
     qkv = drawn(N, 96)
     together = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        together.append(results(qkv, which))
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            together.append(results(qkv, which))
+    finally:
+        torch.set_num_threads(before)
     for other in together[1:]:
         assert all(torch.equal(a, b) for a, b in zip(together[0], other, strict=True))
     for p, (context, group) in enumerate(zip(CONTEXTS, ROWS, strict=True)):
@@ -141,17 +169,37 @@ def test_what_it_takes(qkv: Tensor, num_heads: int, expected: bool, monkeypatch:
     assert not fits(qkv, num_heads)
 
 
+@pytest.mark.parametrize(
+    ("contexts", "rows", "owners"),
+    [
+        ([[0, 3]], [[4, 2]], [0]),  # a token in none
+        ([[0, 3]], [[2, 2]], [0]),  # in two
+        ([[0, 3], [3, -1]], [[2, 2]], [0]),
+        ([[0, 3]], [[3, 2]], [1]),
+    ],
+)
+def test_segments_that_are_none_are_refused(
+    contexts: list[list[int]], rows: list[list[int]], owners: list[int]
+) -> None:
+    with pytest.raises(ValueError, match="every token must be in one segment"):
+        Segments.of(torch.tensor(contexts), torch.tensor(rows), torch.tensor(owners))
+
+
+@pytest.mark.parametrize("size", [(9, 96), (1, 8, 96)])
+def test_tokens_of_other_segments_are_refused(size: tuple[int, ...]) -> None:
+    which, _ = segments([5], [[3]])
+    with pytest.raises(ValueError, match="of the segments' 8 tokens"):
+        attend(torch.zeros(size), which, 2)
+
+
 SHARED = rows_of(random_ids(1, [3, 1, 7, 20]), random_ids(2, [5, 1, 9, 23, 2, 8]), [0, 2, 0, 1, 2, 2])
 UNSHARED = rows_of(random_ids(1, [3, 1, 7, 20]), random_ids(2, [5, 1, 9, 23]), [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("rows", [SHARED, UNSHARED], ids=["shared", "unshared"])
-def test_a_model_scores_by_it_as_in_float64(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_scores_by_it_as_in_float64(rows: Rows, calls: list[str]) -> None:
     """Every row's logprobs, and the gradient of all weights."""
-    policy, calls = tiny(n_embd=32, n_positions=48, dtype=torch.float32), []
-    run = compiled.in_threads
-    monkeypatch.setattr(compiled, "in_threads", lambda tasks: calls.append("call") or run(tasks))
-    weights = drawn(*rows.completion_ids.shape)
+    policy, weights = tiny(n_embd=32, n_positions=48, dtype=torch.float32), drawn(*rows.completion_ids.shape)
 
     def scored() -> tuple[Tensor, ...]:
         logprobs = Scorer(policy)(rows).logprobs
@@ -165,3 +213,13 @@ def test_a_model_scores_by_it_as_in_float64(rows: Rows, monkeypatch: pytest.Monk
     for got, expected in zip(ours, exact, strict=True):
         # Logits of several nats; gradients are sums over 48 to 70 tokens.
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-4)
+
+
+def test_dropout_and_autocast_are_torchs(calls: list[str]) -> None:
+    scorer = Scorer(tiny(n_embd=32, n_positions=48, dtype=torch.float32, dropout=0.5))
+    scorer.train()(SHARED)
+    with torch.autocast("cpu", torch.bfloat16):
+        scorer.eval()(SHARED)
+    assert not calls
+    scorer(SHARED)
+    assert len(calls) == 2

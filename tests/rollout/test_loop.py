@@ -1,14 +1,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -342,21 +338,6 @@ def test_what_it_is_given_stays_as_it_was() -> None:
     one = torch.zeros(1, dtype=torch.int64)
     loop.decode(policy, prefix, hidden, one, one + 9, uniforms(1), max_new=MAX_NEW, temperature=0.7, eos_id=EOS)
     assert all(a.equal(b) for a, b in zip(given, before, strict=True))
-
-
-@pytest.mark.slow
-def test_vectors_of_eight_give_the_same(tmp_path: Path, threads: None) -> None:
-    """As on a processor without AVX-512: this file again, its other tests compiled for one."""
-    from llvmlite import binding
-
-    if not binding.get_host_cpu_features().get("avx512f", False):
-        pytest.skip("vectors have eight entries here")
-    narrow = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt"}
-    environment = os.environ | narrow | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    program = "from rlft.kernels import LANES; import pytest; assert LANES == 8; "
-    program += f"raise SystemExit(pytest.main(['-q', '-m', 'not slow', {__file__!r}]))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 class Subclass(GPT2):
