@@ -76,8 +76,8 @@ def function(
 def in_threads(tasks: Iterable[Callable[[], None]]) -> None:
     """Run tasks on at most as many threads as torch has, this one among them; each takes the next when it has done one.
 
-    They are torch's own threads where it has OpenMP's, which after each of its operations keep a processor busy for
-    milliseconds, so as to begin the next at once: others would have to share it with them.
+    They are torch's own threads where it has OpenMP's, which after each of its operations keep a processor busy for a
+    while, so as to begin the next at once: others would have to share it with them.
     """
     waiting, began, errors = deque(tasks), deque[int](), deque[BaseException]()
 
