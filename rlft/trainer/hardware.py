@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from accelerate import Accelerator
 
+from rlft.core.ranges import Range
 from rlft.errors import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("no", "bf16")
+Threads = Annotated[int, Range(1, 1024)]  # a system that cannot start them ends the process without a word
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Hardware:
 
     device: str
     mixed_precision: str
-    num_threads: int | None
+    num_threads: Threads | None
     tf32: bool
 
     def __post_init__(self) -> None:
