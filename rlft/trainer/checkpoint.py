@@ -43,7 +43,7 @@ class Checkpoints:
         head: nn.Module | None = None,
     ) -> Path:
         """Write `step_<step>` whole, then drop those that are neither among the newest nor the best."""
-        final = self.directory / f"{_PREFIX}{step:08d}"
+        final = self._path(step)
         temporary = self.directory / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -72,6 +72,12 @@ class Checkpoints:
         found = self.directory.glob(f"{_PREFIX}*")
         return sorted(int(path.name.removeprefix(_PREFIX)) for path in found if path.name[len(_PREFIX) :].isdigit())
 
+    def state(self, step: int) -> dict:
+        """Return the state of a checkpoint, verified, without its weights; raises `CheckpointError`."""
+        path = self._path(step)
+        verify(path)
+        return json.loads((path / "state.json").read_text())
+
     def load(
         self,
         step: int,
@@ -84,8 +90,8 @@ class Checkpoints:
 
         Raises `CheckpointError` where a file is missing, has another size or sum, or does not fit the model.
         """
-        path = self.directory / f"{_PREFIX}{step:08d}"
-        verify(path)
+        path = self._path(step)
+        state = self.state(step)
         _check_config(path, policy)
         try:
             weights = load_file(path / "policy.safetensors")
@@ -96,13 +102,16 @@ class Checkpoints:
                 _restore(optimizer, load_file(path / "optimizer.safetensors"), path)
         except (RuntimeError, FileNotFoundError, SafetensorError) as error:
             raise CheckpointError(f"{path} does not fit the configured model: {error}") from error
-        return json.loads((path / "state.json").read_text())
+        return state
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"{_PREFIX}{step:08d}"
 
     def _drop_old(self, best_step: int | None) -> None:
         steps = self.steps()
         for step in steps[: -self.keep]:
             if step != best_step:
-                shutil.rmtree(self.directory / f"{_PREFIX}{step:08d}")
+                shutil.rmtree(self._path(step))
         for leftover in self.directory.glob(f".{_PREFIX}*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
