@@ -13,6 +13,15 @@ def test_a_package_path_is_inside_the_installed_package() -> None:
     assert resolve("package:rlft/text") == Path(rlft.__file__).parent / "text"
 
 
+def test_a_package_path_is_found_without_running_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine" / "inner" / "model").mkdir(parents=True)
+    for name in ("__init__.py", "inner/__init__.py"):
+        (tmp_path / "mine" / name).write_text("raise SystemExit('was run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for path in ("package:mine/inner/model", "package:mine.inner/model"):
+        assert resolve(path) == tmp_path / "mine" / "inner" / "model"
+
+
 def test_a_bare_name_is_a_hub_name_until_such_a_directory_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

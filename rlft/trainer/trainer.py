@@ -101,13 +101,13 @@ class Trainer:
             row = self.step(self.state.step)
             after_step()
             self.state.seconds = time.perf_counter() - started
-            is_last = self._ended() is not None
-            if is_last or self._is_due(self.settings.eval_every):
+            if self._ended() is not None or self._is_due(self.settings.eval_every):
                 row |= self._evaluate(f"step {self.state.step}") | self.clock.take()
             self._log(row | {"wall_time": self.state.seconds})
             # A row is written before the checkpoint that counts it done: what follows a checkpoint is computed again.
             is_whole = self.state.step % self.algorithm.updates_per_batch == 0
             stop = is_whole and should_stop()
+            is_last = self._ended() is not None  # an evaluation may have ended it
             if is_whole and (is_last or stop or self._is_best_to_keep() or self._is_due(self.settings.save_every)):
                 self.save()
             if stop and not is_last:

@@ -237,6 +237,14 @@ def test_newest_and_best_checkpoints_stay(tmp_path):
     assert made.checkpoints.steps() == [2, 7, 8]
 
 
+@pytest.mark.parametrize("patience, steps", [(None, [6]), (9, [2, 6])])
+def test_save_every_0_writes_at_the_end_and_a_new_best_only_where_early_stopping_may_want_it(tmp_path, patience, steps):
+    values = [5.0, 4.0, 6.0, 7.0]
+    made = scripted(tmp_path, steps=6, eval_every=2, save_every=0, patience=patience, values=values, keep=1)
+    made.train()
+    assert made.checkpoints.steps() == steps
+
+
 # Numbers that are not finite.
 
 
