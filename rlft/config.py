@@ -267,3 +267,9 @@ def _check_type(path: str, value: Any, hint: Any) -> None:
     if not isinstance(value, allowed) or is_stray_bool:
         names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
         raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {names} is allowed")
+
+
+def run_config(run_dir, *, trusted=()):
+    import yaml
+
+    return checked(OmegaConf.create(yaml.safe_load((run_dir / "config.yaml").read_text())))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlft.models.attention import Segments
+from rlft.models.optimizer import AdamW
 
 
 class Cache(Protocol):
@@ -115,4 +116,4 @@ class CausalLM(nn.Module, ABC):
                     groups.append({"params": params, "weight_decay": decay, "scale": scale})
             trained += parameters
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+        return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)

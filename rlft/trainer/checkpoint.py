@@ -43,7 +43,7 @@ class Checkpoints:
         head: nn.Module | None = None,
     ) -> Path:
         """Write `step_<step>` whole, then drop those that are neither among the newest nor the best."""
-        final = self.directory / f"{_PREFIX}{step:08d}"
+        final = self.path(step)
         temporary = self.directory / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -67,6 +67,10 @@ class Checkpoints:
         self._drop_old(best_step)
         return final
 
+    def path(self, step: int) -> Path:
+        """Return the directory of a step's checkpoint, whether it is there or not."""
+        return self.directory / f"{_PREFIX}{step:08d}"
+
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, in ascending order."""
         found = self.directory.glob(f"{_PREFIX}*")
@@ -84,7 +88,7 @@ class Checkpoints:
 
         Raises `CheckpointError` where a file is missing, has another size or sum, or does not fit the model.
         """
-        path = self.directory / f"{_PREFIX}{step:08d}"
+        path = self.path(step)
         verify(path)
         _check_config(path, policy)
         try:
@@ -102,7 +106,7 @@ class Checkpoints:
         steps = self.steps()
         for step in steps[: -self.keep]:
             if step != best_step:
-                shutil.rmtree(self.directory / f"{_PREFIX}{step:08d}")
+                shutil.rmtree(self.path(step))
         for leftover in self.directory.glob(f".{_PREFIX}*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
