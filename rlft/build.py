@@ -113,12 +113,15 @@ def algorithm(node: dict[str, Any], **objects: Any) -> Any:
 
 def trainer(job: Job, config: RootConfig, *, run_dir: Path, progress: Progress) -> Trainer:
     """Return the trainer of a built job; moves nothing and loads nothing."""
-    names = [field.name for field in fields(TrainSettings)]
-    settings = TrainSettings(**{name: getattr(config, name) for name in names})
     return Trainer(
-        job.policy, job.algorithm, settings=settings, accelerator=job.accelerator, run_dir=run_dir,
+        job.policy, job.algorithm, settings=train_settings(config), accelerator=job.accelerator, run_dir=run_dir,
         tracker=job.tracker, progress=progress, clock=job.clock,
     )  # fmt: skip
+
+
+def train_settings(config: RootConfig) -> TrainSettings:
+    """Return those of the root settings that the loop reads."""
+    return TrainSettings(**{field.name: getattr(config, field.name) for field in fields(TrainSettings)})
 
 
 def policy(node: dict[str, Any]) -> tuple[CausalLM, Tokenizer]:

@@ -22,6 +22,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlft.core.ranges import Count, CountOrZero, NonNegative, Positive, Range, Size
 from rlft.errors import ConfigError, nearest
 from rlft.trainer.schedule import SCHEDULES
 
@@ -31,33 +32,34 @@ class RootSettings:
     """The root settings; `conf/train.yaml` says what each means and holds its default."""
 
     name: str
-    seed: int
+    seed: CountOrZero
     run_dir: str | None
     resume: bool
     dry_run: bool
-    steps: int
-    max_minutes: float | None
-    max_tokens: int | None
-    patience: int | None
-    prompts_per_step: int
-    group_size: int
-    micro_batch: int | None
-    micro_batch_tokens: int | None
-    rollout_rows: int | None
-    max_new_tokens: int
-    temperature: float
-    learning_rate: float
-    warmup_steps: int
+    trusted_modules: tuple[str, ...]
+    steps: CountOrZero
+    max_minutes: Positive | None
+    max_tokens: Count | None
+    patience: Count | None
+    prompts_per_step: Size
+    group_size: Size
+    micro_batch: Size | None
+    micro_batch_tokens: Size | None
+    rollout_rows: Size | None
+    max_new_tokens: Size
+    temperature: Positive
+    learning_rate: Positive
+    warmup_steps: CountOrZero
     schedule: str
-    final_learning_rate_fraction: float
-    max_grad_norm: float
-    weight_decay: float
+    final_learning_rate_fraction: NonNegative
+    max_grad_norm: Positive
+    weight_decay: NonNegative
     betas: tuple[float, float]
-    eval_every: int
-    eval_prompts: int
-    save_every: int
-    keep: int
-    log_every: int
+    eval_every: CountOrZero
+    eval_prompts: Size
+    save_every: CountOrZero
+    keep: Count
+    log_every: Count
     profile: bool
 
 
@@ -91,39 +93,70 @@ NODE = object()  # stands for the type of what is made from a node with a _targe
 # What rlft/build.py itself reads of a group's YAML, and its type.
 READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
 _HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
-_AT_LEAST_ONE = ("prompts_per_step", "group_size", "max_new_tokens", "eval_prompts", "keep", "log_every",
-                 "micro_batch", "micro_batch_tokens", "rollout_rows", "max_tokens", "patience")  # fmt: skip
-_AT_LEAST_ZERO = ("seed", "steps", "warmup_steps", "eval_every", "save_every", "weight_decay",
-                  "final_learning_rate_fraction")  # fmt: skip
-_ABOVE_ZERO = ("temperature", "learning_rate", "max_grad_norm", "max_minutes")
-_FINITE = ("temperature", "learning_rate")
+LARGEST = 2**63 - 1  # a whole number in a tensor, or a key of a random draw
 
 
 def checked(config: DictConfig) -> RootConfig:
     """Return the composed configuration as plain values; raises `ConfigError` naming the key that is wrong."""
-    known = [field.name for field in fields(RootConfig)]
-    for key in map(str, config):
-        if key not in known:
-            raise ConfigError(
-                f"unknown setting '{key}'{nearest(str(key), known)}; conf/train.yaml lists the root settings"
-            )
-    for key in missing_keys(OmegaConf.to_container(config, resolve=False)):
-        raise ConfigError(f"{key} is not set, and has no default: give {key}=…")
+    _check_keys(OmegaConf.to_container(config, resolve=False))
     try:
         values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        root = {k: v for k, v in values.items() if k not in GIVEN}
-        for key in ("resume", "dry_run"):  # OmegaConf takes any number for a bool
-            if key in root:
-                _check_type(key, root[key], bool)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return checked_values(values)
+
+
+def checked_values(values: dict[str, Any]) -> RootConfig:
+    """Return plain values, wherever they come from, as a configuration; raises as `checked` does. Imports targets."""
+    _check_keys(values)
+    _check_plain("", values)
+    root = {key: value for key, value in values.items() if key not in GIVEN}
+    for field in fields(RootSettings):
+        if field.type == "bool" and field.name in root:  # OmegaConf takes any number for a bool
+            _check_type(field.name, root[field.name], bool)
+    try:
         merged = OmegaConf.merge(OmegaConf.structured(RootSettings), root)
         typed: Any = OmegaConf.to_container(merged, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    _check_ranges(typed)
-    groups: dict[str, Any] = {group: values.get(group) or {} for group in GIVEN}
+    _check_plain("", typed)  # "nan" has become a number
+    _check_root(typed)
+    groups: dict[str, Any] = {group: {} if values.get(group) is None else values[group] for group in GIVEN}
     for group, node in groups.items():
         _check_group(group, node)
-    return RootConfig(**(typed | groups | {"betas": tuple(typed["betas"])}))
+    return RootConfig(**(typed | groups | {key: tuple(typed[key]) for key in ("betas", "trusted_modules")}))
+
+
+def _check_keys(values: Any) -> None:
+    """Raise `ConfigError` for a root key that does not exist, and for a value that is left open."""
+    known = [field.name for field in fields(RootConfig)]
+    for key in map(str, values):
+        if key not in known:
+            raise ConfigError(f"unknown setting '{key}'{nearest(key, known)}; conf/train.yaml lists the root settings")
+    for key in missing_keys(values):
+        raise ConfigError(f"{key} is not set, and has no default: give {key}=…")
+
+
+def _check_plain(path: str, value: Any) -> None:
+    """Raise `ConfigError` for what no setting can be, in dicts and lists too: nan, 30 digits, NUL in a text."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{path or 'the configuration'} has the key {key!r}, which is not a name")
+            _check_plain(f"{path}.{key}" if path else key, inner)
+    elif isinstance(value, (list, tuple)):
+        for index, inner in enumerate(value):
+            _check_plain(f"{path}[{index}]", inner)
+    elif isinstance(value, str) and not _is_text(value):
+        raise ConfigError(f"{path}={value!a} holds a NUL character, or bytes that are not UTF-8")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}={value} must be finite")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"{path}={value} must be at most {LARGEST} in size; a larger number is written as 1.0e30")
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value and value.encode("utf-8", "replace").decode() == value
 
 
 def missing_keys(node: Any, prefix: str = "") -> list[str]:
@@ -155,16 +188,9 @@ def composition_error(error: Exception) -> ConfigError:
     return ConfigError(text)
 
 
-def _check_ranges(root: dict[str, Any]) -> None:
-    for names, is_allowed, allowed in (
-        (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
-        (_AT_LEAST_ZERO, lambda x: x >= 0, "at least 0"),
-        (_ABOVE_ZERO, lambda x: x > 0, "above 0"),
-        (_FINITE, math.isfinite, "finite"),
-    ):
-        for name in names:
-            if root[name] is not None and not is_allowed(root[name]):
-                raise ConfigError(f"{name}={root[name]} must be {allowed}")
+def _check_root(root: dict[str, Any]) -> None:
+    for name, hint in typing.get_type_hints(RootSettings, include_extras=True).items():
+        _check_type(name, root[name], hint)
     if root["patience"] is not None and not root["eval_every"]:
         raise ConfigError(f"patience={root['patience']} counts evaluations, and eval_every=0 has none: set eval_every")
     if root["steps"] and root["warmup_steps"] >= root["steps"]:
@@ -179,6 +205,8 @@ def _check_ranges(root: dict[str, Any]) -> None:
 
 def _check_group(group: str, node: dict[str, Any]) -> None:
     if group == "reward":
+        if not isinstance(node, dict):
+            raise ConfigError(f"reward={node!r} is not a group choice; see the files under conf/reward/")
         for name, reward in node.items():
             _check_node(f"reward.{name}", reward, given=GIVEN[group], read=READ_BY_BUILD[group])
     else:
@@ -223,7 +251,9 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
     if missing and not node.get("_partial_"):
         raise ConfigError(f"{path}.{missing[0]} is not set, and has no default")
     for key, value in node.items():
-        if hints.get(key) is NODE or (isinstance(value, dict) and "_target_" in value):
+        options = _options(hints.get(key))
+        is_open = value is None and type(None) in options
+        if (any(map(_is_node, options)) and not is_open) or (isinstance(value, dict) and "_target_" in value):
             _check_node(f"{path}.{key}", value, given=[], read={})
 
 
@@ -242,24 +272,26 @@ def _taken_by(target: Any, key: str) -> str:
 def _hints(target: Any) -> dict[str, Any]:
     function = target.__init__ if inspect.isclass(target) else target
     try:
-        hints = typing.get_type_hints(function)
+        return typing.get_type_hints(function, include_extras=True)
     except NameError:  # annotations that exist for the type checker only
         return {}
-    return {name: NODE if _is_node(hint) else hint for name, hint in hints.items()}
 
 
 def _is_node(hint: Any) -> bool:
+    """Whether what has this annotation is made from a node with a _target_: an object of ours, or a function."""
     is_ours = inspect.isclass(hint) and hint.__module__.startswith("rlft.")
-    return is_ours or typing.get_origin(hint) is collections.abc.Callable
+    return hint is NODE or is_ours or typing.get_origin(hint) is collections.abc.Callable
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 def _check_type(path: str, value: Any, hint: Any) -> None:
-    """Check values of plain types (str, int, float, bool, None and unions of them); leave other annotations alone."""
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else (hint,)
-    )
+    """Check values of plain types (str, int, float, bool, None, unions of them, and ranges of numbers) only."""
+    ranges = [extra for option in _options(hint) for extra in getattr(option, "__metadata__", ())]
+    options = [getattr(option, "__origin__", option) if ranges else option for option in _options(hint)]
     if not set(options) <= {str, int, float, bool, type(None)}:
         return
     allowed = tuple(options) + ((int,) if float in options else ())
@@ -267,9 +299,6 @@ def _check_type(path: str, value: Any, hint: Any) -> None:
     if not isinstance(value, allowed) or is_stray_bool:
         names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
         raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {names} is allowed")
-
-
-def run_config(run_dir, *, trusted=()):
-    import yaml
-
-    return checked(OmegaConf.create(yaml.safe_load((run_dir / "config.yaml").read_text())))
+    for limits in ranges:
+        if isinstance(limits, Range) and value is not None and (refusal := limits.refusal(value)):
+            raise ConfigError(f"{path}={value} must be {refusal}")

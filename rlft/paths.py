@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib.util
 from pathlib import Path
 
 from rlft.errors import ConfigError
@@ -39,14 +39,18 @@ def conf_directory() -> Path:
 
 
 def _inside_package(path: str) -> Path:
+    """Find a package without importing it: a path in a run's configuration must not run code."""
     package, _, inner = path.removeprefix(PACKAGE).partition("/")
+    top, *below = package.split(".")
     try:
-        root = importlib.resources.files(package)
-    except (ModuleNotFoundError, ValueError) as error:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # an empty name
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             f"path={path!r}: the package {package!r} is not installed; write 'package:<package>/<directory>'"
-        ) from error
-    found = Path(str(root.joinpath(inner)))
+        )
+    found = Path(next(iter(spec.submodule_search_locations))).joinpath(*below, inner)
     if not found.exists():
         raise ConfigError(f"path={path!r}: the package {package!r} holds no {inner!r} (looked at {found})")
     return found

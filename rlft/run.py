@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -23,11 +23,18 @@ import yaml
 from rlft import build
 from rlft.config import RootConfig
 from rlft.errors import ConfigError, RunDirectoryError
+from rlft.saved_config import foreign_code, from_run, read_config
+from rlft.trainer.checkpoint import Checkpoints
 from rlft.trainer.progress import Progress
+from rlft.trainer.settings import TrainState
 from rlft.trainer.trainer import Trainer
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
-_MAY_CHANGE = {"resume", "dry_run", "run_dir", "steps", "max_minutes", "max_tokens", "log_every", "keep", "tracker"}
+_MAY_CHANGE = {
+    "resume", "dry_run", "run_dir", "trusted_modules", "steps", "max_minutes", "max_tokens", "log_every", "keep",
+    "tracker",
+}  # fmt: skip
+_SIGNS = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "model")  # of a run, where not empty
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "hydra-core", "tokenizers")
 
 
@@ -48,19 +55,20 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
         return EXIT_DONE
     with _locked(run_dir), _signals() as stop:
         commit = source_commit()
-        _check_start(run_dir, config)
+        if config.resume:
+            if reason := _done(run_dir, config):
+                print(f"rlft: done before ({reason}), and nothing is left to do: {run_dir}")
+                return EXIT_DONE
+        else:
+            _check_empty(run_dir)
         job = build.build(config)
         summary: dict = {}
         try:
             with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
                 progress.plan(_plan(config, job, run_dir))
                 trainer = build.trainer(job, config, run_dir=run_dir, progress=progress)
-                trainer.resume()
-                if config.steps < trainer.state.step:
-                    raise ConfigError(
-                        f"steps={config.steps}, but the run in {run_dir} has done {trainer.state.step}: give at least "
-                        f"as many, or evaluate its policy by steps=0 model.path=… in a directory of its own"
-                    )
+                if config.resume:
+                    trainer.resume()
                 _write_config(run_dir, config)  # only now it holds a run: what could not be built leaves it free
                 resume_step = trainer.state.step if config.resume else None
                 job.tracker.start(run_dir=run_dir, config=asdict(config), name=run_dir.name, resume_step=resume_step)
@@ -72,7 +80,9 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
             job.tracker.close(summary=summary)  # also where training failed: what was logged is not lost
     if reason == "signal":
         where = f"rlft: stopped by a signal at step {trainer.state.step}"
-        print(f"{where}; go on with: python train.py run_dir={run_dir} resume=true", file=sys.stderr)
+        modules = ",".join(dict.fromkeys(module for _, _, module in foreign_code(_plain(config))))
+        trust = f" 'trusted_modules=[{modules}]'" if modules else ""
+        print(f"{where}; go on with: python train.py run_dir={run_dir} resume=true{trust}", file=sys.stderr)
         return EXIT_STOPPED
     print(f"rlft: done ({reason}): {run_dir}")
     return EXIT_DONE
@@ -137,19 +147,36 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _check_start(run_dir: Path, config: RootConfig) -> None:
-    """Refuse a directory that holds a run, unless this one goes on with it. What never logged a row is no run."""
-    metrics = run_dir / "metrics.jsonl"
-    if not config.resume and metrics.exists() and metrics.stat().st_size:
-        raise RunDirectoryError(f"run_dir={run_dir} holds a run; give another one, or go on with it by resume=true")
+def _check_empty(run_dir: Path) -> None:
+    """Refuse a directory that holds a run. What never logged a row is no run, and the next may take its place."""
+    for path in (run_dir / name for name in _SIGNS):
+        if any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size:
+            raise RunDirectoryError(f"run_dir={run_dir} holds a run; give another one, or go on with it by resume=true")
+
+
+def _done(run_dir: Path, config: RootConfig) -> str | None:
+    """Return why the run in the directory is over, where all of it is written; None where there is something to do.
+
+    Raises `ConfigError` for fewer steps than it has done.
+    """
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.keep)
+    state = TrainState(**checkpoints.state(checkpoints.steps()[-1])["trainer"]) if checkpoints.steps() else TrainState()
+    if config.steps < state.step:
+        raise ConfigError(
+            f"steps={config.steps}, but the run in {run_dir} has done {state.step}: give at least as many, or evaluate "
+            f"its policy by steps=0 model.path=… in a directory of its own"
+        )
+    reason = state.ended(build.train_settings(config))
+    try:
+        is_written = json.loads((run_dir / "summary.json").read_text())["steps"] == state.step
+    except (OSError, ValueError, KeyError, TypeError):  # a summary is written last, and whole: there is none
+        is_written = False
+    return reason if is_written else None
 
 
 def _resumed(config: RootConfig, run_dir: Path, given: Collection[str] | None) -> RootConfig:
     """Return the run's own configuration, with what the command line may change in it."""
-    path = run_dir / "config.yaml"
-    if not path.exists():
-        raise RunDirectoryError(f"run_dir={run_dir} holds no run to go on with; leave out resume=true to start one")
-    values, before = _plain(config), yaml.safe_load(path.read_text())
+    values, before = _plain(config), read_config(run_dir)
     given = set(values) if given is None else set(given)
     changed = [key for key in values if key in given and values[key] != before.get(key) and key not in _MAY_CHANGE]
     if changed:
@@ -158,8 +185,8 @@ def _resumed(config: RootConfig, run_dir: Path, given: Collection[str] | None) -
             f"resume=true with another {key} than the run in {run_dir} ({values[key]!r}, was {before.get(key)!r}); "
             f"a resumed run may change only {', '.join(sorted(_MAY_CHANGE))}"
         )
-    kept = {key: before[key] for key in values if key in before and key not in given}
-    return replace(config, **kept | ({"betas": tuple(kept["betas"])} if "betas" in kept else {}))
+    from_command_line = {key: value for key, value in values.items() if key in given or key not in before}
+    return from_run(before, run_dir=run_dir, trusted=config.trusted_modules, given=from_command_line)
 
 
 def _write_config(run_dir: Path, config: RootConfig) -> None:

@@ -133,7 +133,7 @@ def test_the_defaults_are_the_plain_values_of_train_yaml():
     made = config()
     written: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "train.yaml"))
     for key in RootSettings.__dataclass_fields__:
-        expected = {"name": "test", "betas": tuple(written["betas"])}.get(key, written[key])
+        expected = {"name": "test", "betas": tuple(written["betas"]), "trusted_modules": ()}.get(key, written[key])
         assert getattr(made, key) == expected and type(getattr(made, key)) is type(expected)
     assert set(written) - set(RootSettings.__dataclass_fields__) == {"defaults", "hydra"}
 
@@ -233,12 +233,100 @@ def test_a_whole_number_passes_for_a_float_and_an_optional_one_may_be_given(over
     + [(f"{key}=-1", "at least 0") for key in ("seed", "steps", "warmup_steps", "eval_every", "save_every",
        "weight_decay", "final_learning_rate_fraction")]
     + [(f"{key}=0", "above 0") for key in ("temperature", "learning_rate", "max_grad_norm", "max_minutes")]
-    + [("learning_rate=nan", "above 0"), ("weight_decay=nan", "at least 0")],
+    + [(f"{key}={number}", "finite") for key in ("learning_rate", "weight_decay", "temperature", "max_minutes")
+       for number in ("nan", "inf", "-inf")],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(override, allowed):
     key, value = override.split("=")
     with pytest.raises(ConfigError, match=rf"^{key}={re.escape(value)}(\.0)? must be {allowed}$"):
         edited(override)
+
+
+SIZES = {  # algorithm: its settings that are at least 1
+    "grpo": ["epochs", "minibatches", "entropy_decay_batches", "prompts_per_step", "group_size", "eval_prompts",
+             "micro_batch", "micro_batch_tokens"],
+    "online_dpo": ["prompts_per_step", "group_size", "eval_prompts", "micro_batch", "micro_batch_tokens"],
+    "dpo": ["pairs_per_step", "eval_pairs", "micro_batch", "micro_batch_tokens"],
+    "reward_model": ["pairs_per_step", "eval_pairs"],
+    "classification": ["rows_per_step", "eval_rows"],
+    "kto": ["rows_per_step", "eval_rows"],
+    "sft": ["rows_per_step", "eval_blocks"],
+    "denoise": ["rows_per_step", "eval_blocks", "eval_levels"],
+}  # fmt: skip
+
+
+@functools.cache
+def chosen(algo: str) -> Any:
+    return composed(f"algo={algo}")
+
+
+def with_value(config: Any, key: str, value: Any) -> Any:
+    """A copy of a composed configuration with any value at a key, also one that Hydra's grammar cannot spell."""
+    made = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    OmegaConf.update(made, key, value, merge=False, force_add=True)
+    return made
+
+
+@pytest.mark.parametrize("value, allowed", [(0, "at least 1"), (-1, "at least 1"), (10**12, f"at most {2**31 - 1}")])
+@pytest.mark.parametrize("algo, name", [(algo, name) for algo, names in SIZES.items() for name in names])
+def test_an_algorithms_size_out_of_range_is_refused_with_what_is_allowed(algo, name, value, allowed):
+    if name in ("epochs", "minibatches", "entropy_decay_batches") and value > 0:
+        allowed, value = f"at most {2**63 - 1}", 10**30
+    with pytest.raises(ConfigError, match=rf"^algo\.{name}={value} must be {allowed}"):
+        checked(with_value(chosen(algo), f"algo.{name}", value))
+
+
+@pytest.mark.parametrize("key", ["algo.samples_per_step", "algo.resample_zero_std", "algo.top_k", "algo.value_clip"])
+def test_a_setting_whose_zero_is_off_may_be_zero_and_not_less(key):
+    checked(with_value(defaults(), key, 0))
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}=-1 must be at least 0$"):
+        checked(with_value(defaults(), key, -1))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "key", ["algo.kl.coef", "algo.entropy_coef", "algo.surrogate.clip_low", "reward.sentiment.weight",
+            "data.source.validation", "model.tokenizer.path", "betas[1]"],
+)  # fmt: skip
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(key, number):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}={number} must be finite$"):
+        checked(with_value(defaults(), key.replace("[1]", ".1"), number))
+
+
+@pytest.mark.parametrize("key", ["seed", "steps", "algo.kl.coef", "algo.epochs", "hardware.num_threads"])
+def test_a_whole_number_of_thirty_digits_is_refused(key):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}=\d{{30}} must be at most {2**63 - 1} in size"):
+        checked(with_value(defaults(), key, 10**29))
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\udcffb"])
+@pytest.mark.parametrize("key", ["name", "run_dir", "model.path", "data.source.source", "trusted_modules"])
+def test_a_text_with_a_nul_or_bytes_that_are_not_utf_8_is_refused(key, text):
+    value = [text] if key == "trusted_modules" else text
+    with pytest.raises(ConfigError, match=rf"^{re.escape(key)}(\[0\])?='a.*b' holds a NUL"):
+        checked(with_value(defaults(), key, value))
+
+
+@pytest.mark.parametrize("value", [0, 3, "x", True, 1.5, [1]])
+@pytest.mark.parametrize(
+    "group", ["algo", "model", "reward", "data", "hardware", "tracker", "reference", "algo.kl", "algo.kl.controller",
+              "algo.probe", "algo.critic", "reward.sentiment"],
+)  # fmt: skip
+def test_a_group_or_a_part_that_is_given_a_plain_value_is_refused(group, value):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(group)}={re.escape(repr(value))} is not a group choice"):
+        checked(with_value(defaults(), group, value))
+
+
+@pytest.mark.parametrize("key", ["resume", "dry_run", "profile"])
+@pytest.mark.parametrize("value", [1, 0, "yes", None])
+def test_a_switch_is_true_or_false_and_nothing_else(key, value):
+    with pytest.raises(ConfigError, match=rf"^{key}="):
+        checked(with_value(defaults(), key, value))
+
+
+def test_a_key_that_is_no_name_is_refused():
+    with pytest.raises(ConfigError, match=r"^algo\.kl has the key 3, which is not a name$"):
+        checked(with_value(defaults(), "algo.kl", {3: 1}))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ class Workplace:
         self.reward, self.data = directory / "reward.py", directory / "prompts.jsonl"
         self.reward.write_text(REWARD)
         self.data.write_text("".join(json.dumps({"prompt": f"film {i} of {i * i}"}) + "\n" for i in range(40)))
+        self.trust = f"trusted_modules=[{self.reward}]"
         self.settings = [
             "model=gpt2_scratch", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.n_positions=32",
             "model.seed=0", "model.tokenizer.vocab_size=260", "data=jsonl", f"data.source.path={self.data}",
@@ -138,7 +139,7 @@ def test_a_killed_run_resumes_by_its_directory_alone_to_the_bits_of_one_that_was
     assert killed.returncode == -signal.SIGKILL
     assert checkpoints(tmp_path) == ["step_00000003"]
     assert metrics(tmp_path)[-1]["step"] == 4  # logged, and lost: it is computed again
-    assert run_here(f"run_dir={tmp_path}", "resume=true") == 0
+    assert run_here(f"run_dir={tmp_path}", "resume=true", work.trust) == 0
     assert results(tmp_path) == results(whole)
 
 
@@ -146,7 +147,7 @@ def test_sigterm_ends_with_75_and_a_checkpoint_of_its_step_and_the_resumed_run_h
     stopped = work.apart(f"run_dir={tmp_path}", SEND="SIGTERM self 6")
     assert stopped.returncode == 75, stopped.stderr
     message = f"rlft: stopped by a signal at step 5; go on with: python train.py run_dir={tmp_path} resume=true"
-    assert last_line(stopped.stderr) == message
+    assert last_line(stopped.stderr) == f"{message} '{work.trust}'"
     assert checkpoints(tmp_path) == ["step_00000003", "step_00000005"]
     assert not (tmp_path / "summary.json").exists() and not (tmp_path / "model").exists()
     resumed = work.apart(f"run_dir={tmp_path}", "resume=true")
@@ -291,7 +292,7 @@ def test_a_model_of_transformers_trains_and_resumes_to_the_same_bits(work, whole
     settings += ["model=hf", f"model.path={path}"]
     assert run_here(*settings, f"run_dir={tmp_path / 'whole'}") == 0
     assert run_here(*settings, f"run_dir={tmp_path / 'parts'}", "steps=3") == 0
-    assert run_here(f"run_dir={tmp_path / 'parts'}", "resume=true", f"steps={STEPS}") == 0
+    assert run_here(f"run_dir={tmp_path / 'parts'}", "resume=true", f"steps={STEPS}", work.trust) == 0
     parts = results(tmp_path / "parts")  # whose rows have one more evaluation, where it stopped
     assert all(parts[name] == value for name, value in results(tmp_path / "whole").items() if isinstance(value, bytes))
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").state_dict()

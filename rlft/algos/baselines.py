@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from rlft.algos.parts import Stateful
+from rlft.core.ranges import Fraction
 from rlft.errors import ConfigError
 from rlft.functional.advantages import discounted_returns
 from rlft.functional.masking import zero_outside
@@ -17,7 +18,7 @@ class RunningBaseline(Stateful):
     b is from batches that came before, so that the gradient is unbiased; it is 0 at the first.
     """
 
-    def __init__(self, *, gamma: float = 1.0, decay: float | None = 0.9) -> None:
+    def __init__(self, *, gamma: Fraction = 1.0, decay: float | None = 0.9) -> None:
         """`gamma` discounts the returns. `decay` weighs the past: b <- decay b + (1 - decay) mean(R); None for the
         plain mean over all batches so far."""
         if decay is not None and not 0.0 <= decay < 1.0:

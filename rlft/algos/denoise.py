@@ -23,6 +23,7 @@ from torch import Tensor
 from rlft.algos.base import Algorithm, Evaluation, Totals
 from rlft.algos.examples import check_sizes
 from rlft.algos.likelihood import EVAL_ROWS, text_rows
+from rlft.core.ranges import Size
 from rlft.data.text import TextData
 from rlft.errors import ConfigError
 from rlft.functional.aggregation import token_mean
@@ -63,9 +64,9 @@ class Denoise(Algorithm):
         tokenizer: Tokenizer,
         data: TextData,
         sampling: Sampling,
-        rows_per_step: int,
-        eval_blocks: int | None,
-        eval_levels: int,
+        rows_per_step: Size,
+        eval_blocks: Size | None,
+        eval_levels: Size,
         sample_rounds: int,
         sample_order: str,
         seed: int,

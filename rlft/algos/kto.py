@@ -27,6 +27,7 @@ from rlft.algos.examples import (
     show_samples,
     summed_logprobs,
 )
+from rlft.core.ranges import Size
 from rlft.data.completions import Example
 from rlft.data.labelled import UnpairedData
 from rlft.errors import ConfigError
@@ -66,10 +67,10 @@ class KTO(OnExamples):
         beta: float,
         desirable_weight: float,
         undesirable_weight: float,
-        rows_per_step: int,
-        eval_rows: int | None,
-        micro_batch: int | None,
-        micro_batch_tokens: int | None,
+        rows_per_step: Size,
+        eval_rows: Size | None,
+        micro_batch: Size | None,
+        micro_batch_tokens: Size | None,
     ) -> None:
         self.check(
             has_reference=reference is not None, world_size=world_size, beta=beta, desirable_weight=desirable_weight,
@@ -92,7 +93,7 @@ class KTO(OnExamples):
         beta: float,
         desirable_weight: float,
         undesirable_weight: float,
-        rows_per_step: int,
+        rows_per_step: Size,
         **_: Any,
     ) -> None:
         """Raise `ConfigError` without a reference, for a value out of its range, and for several processes."""

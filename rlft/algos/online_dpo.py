@@ -27,6 +27,7 @@ from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
 from rlft.algos.reference import EXACT_KL_VOCABULARY
 from rlft.algos.rollouts import Rollouts, Sampled
 from rlft.algos.scoring import add_rollout, sample_rows
+from rlft.core.ranges import Size, SizeOrZero
 from rlft.data.prompts import PromptData
 from rlft.errors import ConfigError
 from rlft.functional.preference import best_and_worst
@@ -70,12 +71,12 @@ class OnlineDPO(Algorithm):
         clock: Clock,
         loss: Callable[..., Tensor],
         beta: float,
-        prompts_per_step: int,
-        group_size: int,
-        eval_prompts: int,
-        micro_batch: int | None,
-        micro_batch_tokens: int | None,
-        samples_per_step: int,
+        prompts_per_step: Size,
+        group_size: Size,
+        eval_prompts: Size,
+        micro_batch: Size | None,
+        micro_batch_tokens: Size | None,
+        samples_per_step: SizeOrZero,
     ) -> None:
         self.check(
             has_reference=reference is not None, world_size=world_size, loss=loss, beta=beta,
@@ -105,8 +106,8 @@ class OnlineDPO(Algorithm):
         world_size: int,
         loss: Callable[..., Any],
         beta: float,
-        prompts_per_step: int,
-        group_size: int,
+        prompts_per_step: Size,
+        group_size: Size,
         **_: Any,
     ) -> None:
         """Raise `ConfigError` for a loss that is none on pairs or lacks its reference, and for groups of one."""

@@ -23,6 +23,7 @@ from rlft.algos.parts import Stateful, call, parameters
 from rlft.algos.reference import FrozenSide
 from rlft.algos.rollouts import Rollouts, Sampled
 from rlft.algos.scoring import add_rollout, sample_rows
+from rlft.core.ranges import Count, CountOrZero, NonNegative, Size, SizeOrZero
 from rlft.counted import order
 from rlft.data.prompts import PromptData
 from rlft.functional import surrogates
@@ -91,26 +92,26 @@ class PolicyGradient(Algorithm):
         aggregation: Callable[..., Tensor],
         kl: KLPenalty,
         critic: Callable[[CausalLM], Head] | None,
-        value_coef: float,
-        value_clip: float,
+        value_coef: NonNegative,
+        value_clip: NonNegative,
         whiten_advantages: bool,
         entropy_coef: float,
-        entropy_decay_batches: int | None,
-        prompts_per_step: int,
-        group_size: int,
-        epochs: int,
-        minibatches: int,
-        target_kl: float | None,
-        resample_zero_std: int,
-        eval_prompts: int,
+        entropy_decay_batches: Count | None,
+        prompts_per_step: Size,
+        group_size: Size,
+        epochs: Count,
+        minibatches: Count,
+        target_kl: NonNegative | None,
+        resample_zero_std: CountOrZero,
+        eval_prompts: Size,
         probe: Callable[..., dict[str, float]] | None,
         target_logprob_coef: float,
-        micro_batch: int | None,
-        micro_batch_tokens: int | None,
-        samples_per_step: int,
-        top_k: int = 0,
+        micro_batch: Size | None,
+        micro_batch_tokens: Size | None,
+        samples_per_step: SizeOrZero,
+        top_k: SizeOrZero = 0,
         top_p: float = 1.0,
-        min_new_tokens: int = 0,
+        min_new_tokens: SizeOrZero = 0,
         allow_bent_sampling: bool = False,
     ) -> None:
         self.sampling = replace(sampling, top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens)

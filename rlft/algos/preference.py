@@ -23,6 +23,7 @@ from rlft.algos.examples import (
     summed_logprobs,
 )
 from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
+from rlft.core.ranges import Size
 from rlft.data.completions import Example
 from rlft.data.preferences import PreferenceData
 from rlft.models.base import CausalLM
@@ -60,10 +61,10 @@ class Preference(OnExamples):
         clock: Clock,
         loss: Callable[..., Tensor],
         beta: float,
-        pairs_per_step: int,
-        eval_pairs: int | None,
-        micro_batch: int | None,
-        micro_batch_tokens: int | None,
+        pairs_per_step: Size,
+        eval_pairs: Size | None,
+        micro_batch: Size | None,
+        micro_batch_tokens: Size | None,
     ) -> None:
         self.check(
             has_reference=reference is not None, world_size=world_size, loss=loss, beta=beta,
@@ -90,7 +91,7 @@ class Preference(OnExamples):
         world_size: int,
         loss: Callable[..., Any],
         beta: float,
-        pairs_per_step: int,
+        pairs_per_step: Size,
         **_: Any,
     ) -> None:
         """Raise `ConfigError` for a loss that is none on pairs or lacks its reference, and for a wrong size."""

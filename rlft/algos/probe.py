@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlft.algos.likelihood import EVAL_ROWS, mean_loss, perplexity, text_rows
+from rlft.core.ranges import Size
 from rlft.data.contexts import Contexts
 from rlft.data.prompts import PromptData
 from rlft.errors import ConfigError
@@ -14,7 +15,7 @@ from rlft.models.base import CausalLM
 class TextProbe:
     """Adds `eval/loss` and `eval/perplexity` of held-out blocks, and `eval/reference_loss`, to every evaluation."""
 
-    def __init__(self, *, max_blocks: int | None = 256) -> None:
+    def __init__(self, *, max_blocks: Size | None = 256) -> None:
         """`max_blocks` held-out blocks are read; None for all."""
         self.max_blocks = max_blocks
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlft.algos.examples import OnExamples, check_data, check_sizes, held_out, whole_rows
 from rlft.algos.pairs import ROWS_PER_PAIR, wins
+from rlft.core.ranges import NonNegative, Size
 from rlft.data.completions import Example
 from rlft.data.labelled import LabelledData
 from rlft.data.preferences import PreferenceData, margins
@@ -54,11 +55,11 @@ class RewardModel(OnExamples):
         autocast: Callable[[], AbstractContextManager],
         rank: int,
         world_size: int,
-        pairs_per_step: int,
-        eval_pairs: int | None,
-        head_lr_scale: float,
-        micro_batch: int | None,
-        micro_batch_tokens: int | None,
+        pairs_per_step: Size,
+        eval_pairs: Size | None,
+        head_lr_scale: NonNegative,
+        micro_batch: Size | None,
+        micro_batch_tokens: Size | None,
     ) -> None:
         self.check(has_reference=False, world_size=world_size, pairs_per_step=pairs_per_step)
         check_data(data, PreferenceData, needs="pairs, such as data=preferences_jsonl")
@@ -116,11 +117,11 @@ class Classification(OnExamples):
         autocast: Callable[[], AbstractContextManager],
         rank: int,
         world_size: int,
-        rows_per_step: int,
-        eval_rows: int | None,
-        head_lr_scale: float,
-        micro_batch: int | None,
-        micro_batch_tokens: int | None,
+        rows_per_step: Size,
+        eval_rows: Size | None,
+        head_lr_scale: NonNegative,
+        micro_batch: Size | None,
+        micro_batch_tokens: Size | None,
     ) -> None:
         self.check(has_reference=False, world_size=world_size, rows_per_step=rows_per_step)
         check_data(data, LabelledData, needs="texts with a class, such as data=reviews_labelled")

@@ -7,13 +7,15 @@ a prompt those of the completion, its end-of-text token included. Perplexity is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlft.algos.base import Algorithm, Evaluation, Totals
-from rlft.algos.examples import check_room, completion_rows, held_out, show_samples
+from rlft.algos.examples import check_room, check_sizes, completion_rows, held_out, show_samples
 from rlft.algos.likelihood import EVAL_ROWS, mean_loss, perplexity, text_rows
+from rlft.core.ranges import Size
 from rlft.data.completions import CompletionData, Example
 from rlft.data.text import TextData
 from rlft.errors import ConfigError
@@ -46,13 +48,14 @@ class SFT(Algorithm):
         tokenizer: Tokenizer,
         data: TextData | CompletionData,
         sampling: Sampling,
-        rows_per_step: int,
-        eval_blocks: int | None,
+        rows_per_step: Size,
+        eval_blocks: Size | None,
         seed: int,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        self.check(has_reference=False, world_size=world_size, rows_per_step=rows_per_step)
         if not (isinstance(data, CompletionData) or hasattr(data, "block_size")):
             raise ConfigError(
                 f"algo=sft trains on plain text, such as data=reviews_text, or on completions, such as "
@@ -60,9 +63,20 @@ class SFT(Algorithm):
             )
         if isinstance(data, CompletionData):
             check_room(data, context_length=policy.context_length)
+        elif data.block_size > policy.context_length:
+            raise ConfigError(
+                f"data.block_size={data.block_size} must be at most {policy.context_length}, the model's context"
+            )
         self.policy, self.tokenizer, self.data, self.sampling = policy, tokenizer, data, sampling
         self.rows_per_step, self.eval_blocks, self.seed, self.device = rows_per_step, eval_blocks, seed, device
         self.rank, self.world_size = rank, world_size
+
+    @staticmethod
+    def check(  # type: ignore[override]  # it names the settings that it looks at
+        *, has_reference: bool, world_size: int, rows_per_step: int, **_: Any
+    ) -> None:
+        """Raise `ConfigError` for a batch without a row, or that the ranks cannot share."""
+        check_sizes(setting="algo.rows_per_step", per_step=rows_per_step, at_least=1, world_size=world_size)
 
     def collect(self, batch_index: int) -> Batch:
         drawn = self.data.batch(batch_index, size=self.rows_per_step, seed=self.seed)

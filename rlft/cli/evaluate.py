@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("policies", nargs="+", metavar="POLICY | SETTING=VALUE")
     evaluate.add_argument("--out", type=Path, help="where to write; outputs/eval/<date>_<time> if left out")
     evaluate.add_argument("--samples", type=int, default=0, metavar="N", help="completions to show for each policy")
-    evaluate.add_argument("--trust", action="append", default=[], metavar="MODULE", help=TRUST)
+    evaluate.add_argument("--trusted-modules", action="append", default=[], metavar="MODULE", help=TRUST)
     return evaluate
 
 
@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
     from rlft.cli.policies import named_policy
     from rlft.cli.settings import changed
 
-    policies = [named_policy(name, trusted=tuple(args.trust)) for name in dict.fromkeys(names)]
+    policies = [named_policy(name, trusted=tuple(args.trusted_modules)) for name in dict.fromkeys(names)]
     first_run = next((policy.run for policy in policies if policy.run is not None), None)
     base = replace(changed(first_run, overrides), resume=False, tracker=NO_TRACKER)
     began = time.perf_counter()

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("policy", metavar="POLICY")
     export.add_argument("directory", type=Path, metavar="DIRECTORY", help="where to write: a new or an empty directory")
     export.add_argument("--dtype", choices=DTYPES, default="float32")
-    export.add_argument("--trust", action="append", default=[], metavar="MODULE", help=TRUST)
+    export.add_argument("--trusted-modules", action="append", default=[], metavar="MODULE", help=TRUST)
     return export
 
 
@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
 
     from rlft.cli.policies import named_policy
 
-    policy, tokenizer = named_policy(args.policy, trusted=tuple(args.trust)).load()
+    policy, tokenizer = named_policy(args.policy, trusted=tuple(args.trusted_modules)).load()
     policy.to(getattr(torch, args.dtype)).save_hf(args.directory, eos_id=tokenizer.eos_id)
     tokenizer.save(args.directory)
     print(f"rlft: {args.directory}: {policy.num_parameters():,} parameters in {args.dtype}")

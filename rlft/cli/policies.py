@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from rlft import build
-from rlft.config import RootConfig, run_config
+from rlft.config import RootConfig
 from rlft.errors import ConfigError
 from rlft.models.base import CausalLM
 from rlft.models.files import checkpoint_config, local_directory
+from rlft.saved_config import from_run, read_config
 from rlft.text.tokenizer import Tokenizer
 from rlft.trainer.checkpoint import Checkpoints, verify
 
@@ -63,7 +64,7 @@ def named_policy(name: str, *, trusted: tuple[str, ...] = ()) -> NamedPolicy:
     else:
         weights = local_directory(name)
         return NamedPolicy(name, weights, _node(weights, _tokenizer(weights)), None)
-    run = run_config(run_dir, trusted=trusted)
+    run = from_run(read_config(run_dir), run_dir=run_dir, trusted=trusted)
     has_tokenizer = (run_dir / "model" / "tokenizer.json").is_file()  # needs neither the run's data nor a download
     tokenizer = _tokenizer(run_dir / "model") if has_tokenizer else run.model["tokenizer"]
     return NamedPolicy(name, weights, _node(weights, tokenizer), run)

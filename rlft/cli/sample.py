@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--chat", action="store_true", help="a prompt is a user's message, put into the chat template")
     sample.add_argument("--json", action="store_true", help="JSON lines: prompt, completion, finish_reason, tokens")
     sample.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    sample.add_argument("--trust", action="append", default=[], metavar="MODULE", help=TRUST)
+    sample.add_argument("--trusted-modules", action="append", default=[], metavar="MODULE", help=TRUST)
     return sample
 
 
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
         args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, greedy=args.greedy
     )
     device = Hardware(device=args.device, mixed_precision="no", num_threads=None, tf32=False).torch_device
-    policy, tokenizer = named_policy(args.policy, trusted=tuple(args.trust)).load()
+    policy, tokenizer = named_policy(args.policy, trusted=tuple(args.trusted_modules)).load()
     policy.to(device)
     if policy.mask_id is not None:
         raise ConfigError(f"{args.policy} is a bidirectional policy (algo=denoise), which does not continue a prompt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from rlft.core.ranges import CountOrZero, Size
 from rlft.counted import generator
 from rlft.data.source import Row, check_fractions, check_split, split_rows
 from rlft.errors import ConfigError, nearest
@@ -24,7 +25,14 @@ class Task:
     """
 
     def __init__(
-        self, *, kind: str, size: int, num: int = 20_000, validation: float = 0.05, test: float = 0.05, seed: int = 0
+        self,
+        *,
+        kind: str,
+        size: Size,
+        num: Size = 20_000,
+        validation: float = 0.05,
+        test: float = 0.05,
+        seed: CountOrZero = 0,
     ) -> None:
         """`num` and `seed` are for drawn problems (sort). Raises `ConfigError` for what is not allowed."""
         if kind not in _MAKE:

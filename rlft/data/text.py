@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from rlft.cache import atomic_path, cache_dir
+from rlft.core.ranges import Size
 from rlft.counted import generator, order
 from rlft.data.encode import Encoder, encode_texts
 from rlft.data.source import Source, check_split
@@ -32,7 +33,7 @@ class TextData:
         block_size: inputs of a block, in tokens, at least 1.
     """
 
-    def __init__(self, source: Source, *, tokenizer: Encoder, block_size: int) -> None:
+    def __init__(self, source: Source, *, tokenizer: Encoder, block_size: Size) -> None:
         if block_size < 1:
             raise ConfigError(f"block_size is a number of tokens, at least 1, got {block_size}")
         self.source, self.tokenizer, self.block_size = source, tokenizer, block_size

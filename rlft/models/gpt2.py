@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rlft.core.ranges import CountOrZero, Size
 from rlft.counted import generator
 from rlft.errors import CheckpointError, ConfigError
 from rlft.models import attention
@@ -158,14 +159,14 @@ class GPT2(CausalLM):
     def from_config(
         cls,
         *,
-        vocab_size: int,
-        n_positions: int,
-        n_embd: int,
-        n_layer: int,
-        n_head: int,
+        vocab_size: Size,
+        n_positions: Size,
+        n_embd: Size,
+        n_layer: Size,
+        n_head: Size,
         dropout: float = 0.0,
         is_causal: bool = True,
-        seed: int = 0,
+        seed: CountOrZero = 0,
         initializer_range: float = 0.02,
     ) -> GPT2:
         """Build a GPT-2 with fresh weights from plain sizes (the fields of `GPT2Config`)."""

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from rlft.core.ranges import NonNegative
 from rlft.models.base import CausalLM
 from rlft.models.rows import Rows, predictors
 
@@ -27,7 +28,7 @@ class ValueHead(Head):
     It starts at zero, so that the first advantages are returns and the first value loss moves the trunk by nothing.
     """
 
-    def __init__(self, policy: CausalLM, *, lr_scale: float = 1.0) -> None:
+    def __init__(self, policy: CausalLM, *, lr_scale: NonNegative = 1.0) -> None:
         super().__init__()
         self.linear, self.lr_scale = _zero_linear(policy), lr_scale
 
@@ -38,7 +39,7 @@ class ValueHead(Head):
 class Critic(Head):
     """A model of its own with a linear head, begun as a copy of the policy: its loss does not touch the policy."""
 
-    def __init__(self, policy: CausalLM, *, lr_scale: float = 1.0) -> None:
+    def __init__(self, policy: CausalLM, *, lr_scale: NonNegative = 1.0) -> None:
         super().__init__()
         self.trunk, self.linear, self.lr_scale = copy.deepcopy(policy), _zero_linear(policy), lr_scale
 

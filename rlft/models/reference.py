@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlft.core.ranges import CountOrZero
 from rlft.data.encode import Encoder
 from rlft.errors import CheckpointError, ConfigError
 from rlft.models.base import CausalLM
@@ -25,7 +26,7 @@ def none(policy: CausalLM) -> None:
     """No reference."""
 
 
-def random(policy: CausalLM, *, seed: int) -> CausalLM:
+def random(policy: CausalLM, *, seed: CountOrZero) -> CausalLM:
     """Return a frozen model of the policy's architecture with the fresh weights of `seed`.
 
     Raises `ConfigError` where they are the policy's own weights, or its architecture is not GPT-2's.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from rlft.core.ranges import Size
 from rlft.errors import CheckpointError, ConfigError, RewardError, nearest
 from rlft.models.base import CausalLM
 from rlft.models.files import checkpoint_config
@@ -47,7 +48,7 @@ class RewardModel:
         *,
         label: str | int | None = None,
         output: str = "probability",
-        batch_size: int = 64,
+        batch_size: Size = 64,
         device: str = "auto",
     ) -> None:
         if output not in OUTPUTS:

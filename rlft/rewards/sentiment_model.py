@@ -11,6 +11,7 @@ import httpx
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlft.core.ranges import Size
 from rlft.errors import ConfigError, RewardError, nearest
 from rlft.paths import resolve
 
@@ -36,7 +37,7 @@ class SentimentModel:
         *,
         label: str = "POSITIVE",
         output: str = "probability",
-        batch_size: int = 64,
+        batch_size: Size = 64,
         on_long: str = "error",
         device: str = "auto",
     ) -> None:

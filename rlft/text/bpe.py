@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rlft.cache import atomic_path, cache_dir
+from rlft.core.ranges import Size
 from rlft.errors import ConfigError
 from rlft.text.tokenizer import Tokenizer, check_text
 
@@ -23,7 +24,7 @@ EOS = "<|endoftext|>"
 BYTES = 256
 
 
-def trained_bpe(*, source: Any, vocab_size: int) -> Tokenizer:
+def trained_bpe(*, source: Any, vocab_size: Size) -> Tokenizer:
     """Return a byte-level BPE trained on the train split of `source`.
 
     The same texts and size give the same tokenizer, bit for bit. It is kept in the cache directory under a hash of

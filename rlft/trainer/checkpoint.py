@@ -76,6 +76,12 @@ class Checkpoints:
         found = self.directory.glob(f"{_PREFIX}*")
         return sorted(int(path.name.removeprefix(_PREFIX)) for path in found if path.name[len(_PREFIX) :].isdigit())
 
+    def state(self, step: int) -> dict:
+        """Return the state of a checkpoint, verified, without its weights; raises `CheckpointError`."""
+        path = self.path(step)
+        verify(path)
+        return json.loads((path / "state.json").read_text())
+
     def load(
         self,
         step: int,
@@ -89,7 +95,7 @@ class Checkpoints:
         Raises `CheckpointError` where a file is missing, has another size or sum, or does not fit the model.
         """
         path = self.path(step)
-        verify(path)
+        state = self.state(step)
         _check_config(path, policy)
         try:
             weights = load_file(path / "policy.safetensors")
@@ -100,7 +106,7 @@ class Checkpoints:
                 _restore(optimizer, load_file(path / "optimizer.safetensors"), path)
         except (RuntimeError, FileNotFoundError, SafetensorError) as error:
             raise CheckpointError(f"{path} does not fit the configured model: {error}") from error
-        return json.loads((path / "state.json").read_text())
+        return state
 
     def _drop_old(self, best_step: int | None) -> None:
         steps = self.steps()

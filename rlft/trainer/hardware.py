@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 
+from rlft.core.ranges import Range
 from rlft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("no", "bf16")
+Threads = Annotated[int, Range(1, 1024)]  # a system that cannot start them ends the process without a word
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Hardware:
 
     device: str
     mixed_precision: str
-    num_threads: int | None
+    num_threads: Threads | None
     tf32: bool
 
     def __post_init__(self) -> None:

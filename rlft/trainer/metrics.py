@@ -117,11 +117,11 @@ class JsonlFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows of later steps, and a last line that a kill left half written."""
+    def truncate_after(self, step: int) -> dict:
+        """Drop the rows of later steps, and a last line that a kill left half written; return the last that stays."""
         if not self.path.exists():
-            return
-        kept = []
+            return {}
+        kept: list[bytes] = []
         for line in self.path.read_bytes().split(b"\n"):  # str.splitlines would also cut at U+2028 inside a text
             try:
                 if json.loads(line)["step"] > step:
@@ -132,6 +132,7 @@ class JsonlFile:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_bytes(b"".join(kept))
         os.replace(temporary, self.path)
+        return json.loads(kept[-1]) if kept else {}
 
 
 def _finite(value: Any) -> Any:

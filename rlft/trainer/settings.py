@@ -44,3 +44,15 @@ class TrainState:
     evals_since_best: int = 0
     before: dict[str, float] = field(default_factory=dict)  # the evaluation of the untouched policy
     after: dict[str, float] = field(default_factory=dict)  # the latest evaluation
+
+    def ended(self, limits: TrainSettings) -> str | None:
+        """Return the first limit that is reached: steps, max_minutes, max_tokens or early_stopping; None where none."""
+        if self.step >= limits.steps:
+            return "steps"
+        if limits.max_minutes is not None and self.seconds >= 60 * limits.max_minutes:
+            return "max_minutes"
+        if limits.max_tokens is not None and self.num_tokens >= limits.max_tokens:
+            return "max_tokens"
+        if limits.patience is not None and self.evals_since_best >= limits.patience:
+            return "early_stopping"
+        return None

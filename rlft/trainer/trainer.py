@@ -87,8 +87,8 @@ class Trainer:
             saved = self.checkpoints.load(step, self.policy, self._inner_optimizer, head=self.algorithm.head)
             self.state = TrainState(**saved["trainer"])
             self.algorithm.load_state_dict(saved["algorithm"])
-        for file in (self.metrics_file, self.samples_file):
-            file.truncate_after(step if steps else -1)
+        self.samples_file.truncate_after(step if steps else -1)
+        self.last_row = self.metrics_file.truncate_after(step if steps else -1)
 
     def train(self, should_stop: Callable[[], bool] = lambda: False) -> str:
         """Run to the first limit and return why it ended: steps, max_minutes, max_tokens, early_stopping or signal."""
@@ -113,15 +113,14 @@ class Trainer:
             # A row is written before the checkpoint that counts it done: what follows a checkpoint is computed again.
             is_whole = self.state.step % self.algorithm.updates_per_batch == 0
             stop = is_whole and should_stop()
-            is_best = self.state.best_step == self.state.step
-            if is_whole and (is_last or stop or is_best or self._is_due(self.settings.save_every)):
+            if is_whole and (is_last or stop or self._is_best_to_keep() or self._is_due(self.settings.save_every)):
                 self.save()
             if stop and not is_last:
                 return "signal"
         if reason == "early_stopping":
             assert self.state.best_step is not None
             self.checkpoints.load(self.state.best_step, self.policy, head=self.algorithm.head)
-            self.state.after = self._evaluate(f"the best policy, of step {self.state.best_step}")
+            self._evaluate(f"the best policy, of step {self.state.best_step}", is_again=True)
         return reason
 
     def step(self, step: int) -> dict[str, float]:
@@ -256,8 +255,11 @@ class Trainer:
                 f"finite; the last batch is in {path}. A lower learning_rate or max_grad_norm may help"
             )
 
-    def _evaluate(self, title: str) -> dict[str, float]:
-        """Evaluate the policy as it is, note whether it is the best so far, and show samples."""
+    def _evaluate(self, title: str, *, is_again: bool = False) -> dict[str, float]:
+        """Evaluate the policy as it is, note whether it is the best so far, and show samples.
+
+        `is_again`: it is the policy of an earlier step, whose samples are in the files already.
+        """
         self.scorer.eval()
         with self.clock("eval"):
             evaluation = self.algorithm.evaluate()
@@ -273,6 +275,7 @@ class Trainer:
             self.state.evals_since_best += 1
         if evaluation.samples:
             self.progress.samples(f"Held-out samples, {title}", evaluation.samples[:NUM_SHOWN_SAMPLES])
+        if evaluation.samples and not is_again:
             self.tracker.samples(self.state.step, evaluation.samples)
             for sample in evaluation.samples:
                 self.samples_file.write({"step": self.state.step, "split": "eval"} | sample)
@@ -286,21 +289,16 @@ class Trainer:
         if self.state.step % self.settings.log_every == 0 or self.algorithm.objective[0] in row:
             self.tracker.log(self.state.step, row)
 
+    def _is_best_to_keep(self) -> bool:
+        """Whether this step's policy is the best so far and may be wanted: by early stopping, or as a checkpoint."""
+        is_wanted = self.settings.patience is not None or self.settings.save_every > 0
+        return is_wanted and self.state.best_step == self.state.step
+
     def _is_due(self, every: int) -> bool:
         """Whether a multiple of `every` was reached by the batch that ends here: between batches only."""
         step, updates = self.state.step, self.algorithm.updates_per_batch
         return every > 0 and step % updates == 0 and step // every > (step - updates) // every
 
     def _ended(self) -> str | None:
-        s, state = self.settings, self.state
-        if state.step % self.algorithm.updates_per_batch:
-            return None
-        if state.step >= s.steps:
-            return "steps"
-        if s.max_minutes is not None and state.seconds >= 60 * s.max_minutes:
-            return "max_minutes"
-        if s.max_tokens is not None and state.num_tokens >= s.max_tokens:
-            return "max_tokens"
-        if s.patience is not None and state.evals_since_best >= s.patience:
-            return "early_stopping"
-        return None
+        """Return why the run is over, between batches only."""
+        return None if self.state.step % self.algorithm.updates_per_batch else self.state.ended(self.settings)

@@ -1,0 +1,127 @@
+"""The configuration that a run directory holds: read as data, and checked before anything in it is imported.
+
+A run directory may come from anyone, and a configuration names the code that a run is made of. So config.yaml is
+checked as a command line is, and more strictly in one thing: what it names is rlft's own parts, or lies in a module
+that the caller trusts by name. What the command line sets itself is the user's own word and not held to this.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.utils import get_method
+
+from rlft.config import RootConfig, checked_values
+from rlft.errors import ConfigError, RunDirectoryError
+
+# Where a configuration's parts are defined. The rest of rlft is machinery, such as rlft.build, which instantiates.
+ROOMS = (
+    "rlft.algos", "rlft.data", "rlft.functional", "rlft.models", "rlft.rewards", "rlft.text",
+    "rlft.trainer.hardware", "rlft.trainer.trackers",
+)  # fmt: skip
+CUSTOM = "rlft.rewards.custom.Custom"  # the one part that runs code which its setting names
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """Return config.yaml as plain values, unchecked; raises `RunDirectoryError` or `ConfigError` where it has none."""
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        raise RunDirectoryError(f"run_dir={run_dir} holds no config.yaml, and so no run")
+    try:
+        values = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    except (yaml.YAMLError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is damaged: it holds no settings")
+    return values
+
+
+def from_run(
+    values: Mapping[str, Any], *, run_dir: Path, trusted: Collection[str] = (), given: Mapping[str, Any] | None = None
+) -> RootConfig:
+    """Return the configuration of a run from what its config.yaml holds.
+
+    Arguments:
+        values: as `read_config` returns them.
+        run_dir: named in errors.
+        trusted: modules, packages and .py files beside rlft whose code `values` may name.
+        given: root settings and groups that the command line sets; they take the place of those in `values`.
+
+    Raises `ConfigError` naming the key, for what a command line may not say either and for code that is not trusted.
+    """
+    given = given or {}
+    kept = {key: value for key, value in values.items() if key not in given}
+    try:
+        _check_plain(kept)
+        for key, code, module in foreign_code(kept, trusted=trusted):
+            raise ConfigError(
+                f"{key}={code} is code that is not rlft's, and a run directory is not trusted: add "
+                f"trusted_modules=[{module}], or give the settings of {key.partition('.')[0]} again"
+            )
+        return checked_values({**kept, **given, "trusted_modules": list(trusted)})
+    except ConfigError as error:
+        raise ConfigError(f"{run_dir / 'config.yaml'}: {error}") from error
+
+
+def foreign_code(values: Any, *, trusted: Collection[str] = (), path: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield each key under which plain values name code that is neither rlft's nor trusted: key, code, its module.
+
+    A target is imported only from a place that is rlft's or trusted, and must be defined in one: a dotted path reaches
+    through a module into all that it imports (`rlft.models.gpt2.json.loads`).
+    """
+    if isinstance(values, dict) and "_target_" in values:
+        for key, module in _foreign_keys(values, trusted):
+            yield f"{path}.{key}", values[key], module
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inner:
+        yield from foreign_code(value, trusted=trusted, path=f"{path}.{key}" if path else str(key))
+
+
+def _foreign_keys(node: dict[str, Any], trusted: Collection[str]) -> Iterator[tuple[str, str]]:
+    name, function = node["_target_"], node.get("function")
+    if not isinstance(name, str) or not _is_inside(name, (*ROOMS, *trusted)):
+        yield "_target_", str(name).partition(".")[0]
+        return
+    try:
+        target: Any = get_method(name)
+    except Exception:  # hydra wraps import errors of every kind, and `checked_values` says what is wrong with this one
+        return
+    module = str(getattr(target, "__module__", None))
+    if not _is_inside(module, trusted) and not (_is_inside(module, ROOMS) and _is_part(target)):
+        yield "_target_", module
+    elif f"{module}.{target.__qualname__}" == CUSTOM and isinstance(function, str):
+        where = function.rpartition(":")[0]
+        if not (_is_file_of(where, trusted) if where.endswith(".py") else _is_inside(where, trusted)):
+            yield "function", where
+
+
+def _check_plain(values: Any, path: str = "") -> None:
+    """Raise `ConfigError` for what would be computed, or passed unseen, when a part is made."""
+    if isinstance(values, str) and "${" in values:
+        raise ConfigError(f"{path}={values!r} is an interpolation, which the configuration of a run never holds")
+    if isinstance(values, dict) and "_args_" in values:
+        raise ConfigError(f"{path}._args_ cannot be checked: give the group again on the command line")
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inner:
+        _check_plain(value, f"{path}.{key}" if path else str(key))
+
+
+def _is_part(target: Any) -> bool:
+    """Whether a target is a public class, function or constructor: no method, which would be handed its own object."""
+    is_callable = inspect.isclass(target) or inspect.ismethod(target) or inspect.isfunction(target)
+    is_method = inspect.isfunction(target) and "." in target.__qualname__
+    return is_callable and not is_method and not target.__name__.startswith("_")
+
+
+def _is_inside(name: str, modules: Collection[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _is_file_of(path: str, trusted: Collection[str]) -> bool:
+    files = [Path(one).expanduser().resolve() for one in trusted if one.endswith(".py")]
+    return Path(path).expanduser().resolve() in files
