@@ -66,8 +66,9 @@ class Custom:
         given: dict[str, Any] = {"prompts": prompts, "completions": completions}
         if self.messages:
             pairs = zip(prompts, prompt_messages or [None] * len(prompts), strict=True)
+            chats = [({"role": "user", "content": text},) if own is None else own for text, own in pairs]
             given = {
-                "prompts": [[{"role": "user", "content": text}] if own is None else list(own) for text, own in pairs],
+                "prompts": [[dict(message) for message in chat] for chat in chats],  # copies, as all lists are
                 "completions": [[{"role": "assistant", "content": text}] for text in completions],
             }
         try:
