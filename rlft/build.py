@@ -20,8 +20,10 @@ from omegaconf import OmegaConf
 
 from rlft.algos.base import Algorithm
 from rlft.config import GIVEN, RootConfig
+from rlft.data.kinds import check_kind
 from rlft.errors import ConfigError, RlftError
 from rlft.models.base import CausalLM
+from rlft.models.reference import initial as initial_reference
 from rlft.models.reference import none as no_reference
 from rlft.paths import conf_directory
 from rlft.rewards.compose import RewardSum
@@ -57,9 +59,15 @@ def build(config: RootConfig) -> Job:
     torch.manual_seed(config.seed)
     tracker = _instantiate(config.tracker)
     make_algorithm = _parts(config.algo)
-    has_reference = get_method(config.reference["_target_"]) is not no_reference
+    make_reference, reference_path = get_method(config.reference["_target_"]), config.reference.get("path")
+    is_same_path = reference_path is not None and reference_path == config.model.get("path")
     algorithm_type: Any = make_algorithm.func
-    algorithm_type.check(has_reference=has_reference, world_size=accelerator.num_processes, **make_algorithm.keywords)
+    check_kind(algorithm_type, get_method(config.data["_target_"]))
+    algorithm_type.check(
+        has_reference=make_reference is not no_reference,
+        is_reference_initial=make_reference is initial_reference or is_same_path,
+        world_size=accelerator.num_processes, **make_algorithm.keywords,
+    )  # fmt: skip
     tokenizer = _tokenizer(config.model)
     data = _instantiate(config.data, tokenizer=tokenizer)
     wanted = inspect.signature(make_algorithm.func).parameters

@@ -57,6 +57,7 @@ class CausalLM(nn.Module, ABC):
     vocab_size: int
     context_length: int  # the largest number of positions, prompt and completion together
     cache_shape: CacheShape
+    num_heads: int  # query heads of a layer; several may share a key/value head of `cache_shape`
     takes_packed: bool = False  # whether attention is left to the cache, so that rows can be forwarded without padding
     num_last_weights: int = 0  # of the matrices behind the last attention, which see `outputs` alone
     mask_id: int | None = None  # stands for a hidden token where attention goes both ways; None: it is causal
