@@ -19,6 +19,7 @@ from rlft.core.ranges import Size
 from rlft.data.completions import CompletionData, Example
 from rlft.data.kinds import Kind
 from rlft.data.text import TextData
+from rlft.errors import ConfigError
 from rlft.functional.aggregation import token_mean
 from rlft.models.base import CausalLM
 from rlft.models.rows import Rows
