@@ -162,13 +162,13 @@ def _with_interval(cell: str, half: float | None) -> str:
 
 def _show(found: list[dict[str, Any]], *, num_samples: int) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from rlft.trainer.progress import printable
 
     console = Console()
     head, *rows = _rows(found)
-    table = Table(*head)
+    table = Table(Column(head[0], no_wrap=True), *(Column(name, overflow="fold") for name in head[1:]))
     for row in rows:
         table.add_row(*row)
     console.print(table)
