@@ -10,10 +10,9 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_method, instantiate
@@ -21,9 +20,12 @@ from omegaconf import OmegaConf
 
 from rlft.algos.base import Algorithm
 from rlft.config import GIVEN, RootConfig
+from rlft.data.kinds import check_kind
 from rlft.errors import ConfigError, RlftError
 from rlft.models.base import CausalLM
+from rlft.models.reference import initial as initial_reference
 from rlft.models.reference import none as no_reference
+from rlft.paths import conf_directory
 from rlft.rewards.compose import RewardSum
 from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer
@@ -33,7 +35,10 @@ from rlft.trainer.settings import TrainSettings
 from rlft.trainer.trackers import Tracker
 from rlft.trainer.trainer import Trainer
 
-CONF = Path(__file__).parents[1] / "conf"  # beside the package in a checkout; an installed package has none
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # takes a while to import
+
+CONF = conf_directory()
 
 
 @dataclass(frozen=True)
@@ -54,21 +59,21 @@ def build(config: RootConfig) -> Job:
     torch.manual_seed(config.seed)
     tracker = _instantiate(config.tracker)
     make_algorithm = _parts(config.algo)
-    has_reference = get_method(config.reference["_target_"]) is not no_reference
+    make_reference, reference_path = get_method(config.reference["_target_"]), config.reference.get("path")
+    is_same_path = reference_path is not None and reference_path == config.model.get("path")
     algorithm_type: Any = make_algorithm.func
-    algorithm_type.check(has_reference=has_reference, world_size=accelerator.num_processes, **make_algorithm.keywords)
-    model_node = dict(config.model)
-    tokenizer_node = model_node.pop("tokenizer", None)
-    if tokenizer_node is None:
-        raise ConfigError("model.tokenizer is not set; every model names its tokenizer")
-    tokenizer = _instantiate(tokenizer_node)
+    check_kind(algorithm_type, get_method(config.data["_target_"]))
+    algorithm_type.check(
+        has_reference=make_reference is not no_reference,
+        is_reference_initial=make_reference is initial_reference or is_same_path,
+        world_size=accelerator.num_processes, **make_algorithm.keywords,
+    )  # fmt: skip
+    tokenizer = _tokenizer(config.model)
     data = _instantiate(config.data, tokenizer=tokenizer)
     wanted = inspect.signature(make_algorithm.func).parameters
     rewards = _rewards(config.reward) if "rewards" in wanted else None
     clock = Clock(accelerator.device)
-    policy = _instantiate(model_node).to(accelerator.device)
-    if tokenizer.vocab_size > policy.vocab_size:
-        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {policy.vocab_size}")
+    policy = _policy(config.model, tokenizer).to(accelerator.device)
     available: dict[str, Any] = {
         "policy": policy,
         "data": data,
@@ -95,10 +100,10 @@ def algorithm_node(name: str, overrides: Sequence[str] = (), **sizes: Any) -> di
     """Return conf/algo/<name>.yaml composed with its groups, resolved, as plain values.
 
     `overrides` are as on the command line; `sizes` are the root settings that the YAML refers to. Raises `ConfigError`
-    outside a checkout, and for a name or an override that does not exist.
+    for a name or an override that does not exist.
     """
     if not (CONF / "algo").is_dir():
-        raise ConfigError(f"the algorithms' YAML files are not beside the package ({CONF}): run from a checkout")
+        raise ConfigError(f"the algorithms' YAML files are not in {CONF}: install rlft again")
     roots = [f"+{key}={'null' if value is None else value}" for key, value in sizes.items()]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -125,6 +130,25 @@ def trainer(job: Job, config: RootConfig, *, run_dir: Path, progress: Progress) 
 def train_settings(config: RootConfig) -> TrainSettings:
     """Return those of the root settings that the loop reads."""
     return TrainSettings(**{field.name: getattr(config, field.name) for field in fields(TrainSettings)})
+
+
+def policy(node: dict[str, Any]) -> tuple[CausalLM, Tokenizer]:
+    """Return the policy of a node such as conf/model/ has, on the CPU, and its tokenizer."""
+    tokenizer = _tokenizer(node)
+    return _policy(node, tokenizer), tokenizer
+
+
+def _tokenizer(model: dict[str, Any]) -> Tokenizer:
+    if model.get("tokenizer") is None:
+        raise ConfigError("model.tokenizer is not set; every model names its tokenizer")
+    return _instantiate(model["tokenizer"])
+
+
+def _policy(model: dict[str, Any], tokenizer: Tokenizer) -> CausalLM:
+    made: CausalLM = _instantiate({key: value for key, value in model.items() if key != "tokenizer"})
+    if tokenizer.vocab_size > made.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {made.vocab_size}")
+    return made
 
 
 def _rewards(node: dict[str, dict]) -> RewardSum:

@@ -26,7 +26,7 @@ def restart_with_huge_pages() -> None:
     first: what the process has done so far is done again.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    is_command = (sys.argv[0] if spec is None else spec.name) in sys.orig_argv
+    is_command = (sys.argv[0] if spec is None else spec.name.removesuffix(".__main__")) in sys.orig_argv
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or VARIABLE in os.environ or not is_command:
         return
     settings = ":".join(f"{name}={value}" for name, value in TUNABLES.items())

@@ -1,4 +1,4 @@
-"""What a `path` setting names: a directory inside an installed package, a local path, or a name on the hub."""
+"""Where files are: what a `path` setting names (in a package, on disk, on the hub), and the YAML files of conf/."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ def resolve(path: str) -> Path | str:
             f"give an existing directory, 'package:<package>/<directory>', or a hub name such as 'gpt2'"
         )
     return path
+
+
+def conf_directory() -> Path:
+    """Return the directory of the YAML files: rlft/conf in an installed package, conf/ beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def _inside_package(path: str) -> Path:

@@ -13,6 +13,7 @@ import torch
 
 from rlft.algos.examples import check_sizes
 from rlft.algos.rollouts import Rollouts
+from rlft.data.kinds import Kind
 from rlft.data.prompts import PromptData
 from rlft.errors import ConfigError, RewardError
 from rlft.functional.preference import best_and_worst
@@ -39,6 +40,8 @@ class RankPairs:
         num_pairs: how many to write.
         prompts_per_step, group_size: prompts sampled at once; samples of each.
     """
+
+    reads = (Kind.PROMPTS, Kind.CONTEXTS)
 
     def __init__(
         self,

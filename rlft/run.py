@@ -221,25 +221,32 @@ def _finish(
         "evaluation": {"before": state.before, "after": state.after},
         "best": {"step": state.best_step, trainer.algorithm.objective[0]: state.best_value},
         "seed": config.seed,
-        "commit": commit,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("rlft", *_PACKAGES)},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, {job.accelerator.device}",
+        **provenance(job.accelerator.device, commit=commit),
     }
     _write(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
+def provenance(device: object, *, commit: str | None = None) -> dict:
+    """Return what numbers were made with: commit (by default the source's now), versions and hardware."""
+    return {
+        "commit": commit or source_commit(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("rlft", *_PACKAGES)},
+        "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores, {device}",
+    }
+
+
 def source_commit() -> str | None:
-    """Return the source's git commit, with -dirty where files differ from it; None outside a checkout."""
+    """Return the source's git commit, with -dirty where files differ from it; None outside a checkout of rlft."""
     if shutil.which("git") is None:
         return None
     here = Path(__file__).parent
-    result = subprocess.run(
+    for command in (
+        ["git", "ls-files", "--error-unmatch", Path(__file__).name],  # an installed package may lie in another checkout
         ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ):
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        if result.returncode:
+            return None
     return result.stdout.strip() or None

@@ -105,10 +105,11 @@ def policy_gradient(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    data: Any = None,
     parts: dict[str, Any] | None = None,
     **sizes: Any,
 ) -> PolicyGradient:
-    """Build an algorithm from its YAML; `parts` replaces built parts."""
+    """Build an algorithm from its YAML; `data` stands in for the prompts, and `parts` replaces built parts."""
     defaults = {
         "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 5, "eval_prompts": 4, "micro_batch": None,
         "micro_batch_tokens": None,
@@ -117,9 +118,9 @@ def policy_gradient(
     max_rows = sizes.pop("max_rows", None)
     return build.algorithm(
         algorithm_node(name, overrides, **sizes),
-        policy=policy, reference=reference, rewards=rewards or reward_sum(share_of_a), data=FixedPrompts(prompts),
-        tokenizer=TOKENIZER, sampling=Sampling(sizes["max_new_tokens"], temperature, max_rows=max_rows), seed=seed,
-        device=CPU,
+        policy=policy, reference=reference, rewards=rewards or reward_sum(share_of_a),
+        data=data or FixedPrompts(prompts), tokenizer=TOKENIZER,
+        sampling=Sampling(sizes["max_new_tokens"], temperature, max_rows=max_rows), seed=seed, device=CPU,
         autocast=nullcontext, is_float32=True, rank=rank, world_size=world_size, clock=Clock(), **(parts or {}),
     )  # fmt: skip
 

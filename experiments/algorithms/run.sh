@@ -32,7 +32,7 @@ sentiment() {
 dpo() { # SEED: 780 pairs, the best and the worst of eight samples, are 150,000 sampled tokens as well
   pairs=$out/dpo/pairs-s$1.jsonl run=$out/dpo/s$1
   mkdir -p "$out/dpo"
-  [ -f "$pairs" ] || $python rank_pairs.py algo.path="$pairs" algo.num_pairs=780 reward=sentiment seed=$1
+  [ -f "$pairs" ] || $python -m rlft rank algo.path="$pairs" algo.num_pairs=780 reward=sentiment seed=$1
   $(train "$run" algo=dpo data=preferences_jsonl data.source.path="$pairs" seed=$1 steps=180)
   $(train "$out/sentiment/dpo-s$1" name=dpo seed=$1 steps=0 model.path="$run/model" reference=checkpoint \
     reference.path=package:rlft/assets/tiny)
@@ -49,7 +49,7 @@ sums() {
 }
 
 report() { # TASK REWARD KL…
-  "$python" -m rlft.report "$out/$1" --out "experiments/algorithms/$1" --reward "eval/rewards/$2/mean" --metrics \
+  "$python" -m rlft report "$out/$1" --out "experiments/algorithms/$1" --reward "eval/rewards/$2/mean" --metrics \
     eval/kl_completion eval/distinct_2 eval/reference_perplexity --at-kl "${@:3}"
 }
 

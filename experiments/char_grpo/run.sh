@@ -15,5 +15,5 @@ for seed in ${SEEDS:-0 1 2}; do
   train "$out/grpo-s$seed" +experiment=char_grpo seed=$seed data.text.source.path="${TEXT:-null}"
   train "$out/sft-s$seed" +experiment=char_sft seed=$seed data.source.path="${TEXT:-null}"
 done | xargs -P "${JOBS:-2}" -I{} sh -c "{} > /dev/null || { echo failed: {} >&2; exit 1; }"
-"$python" -m rlft.report "$out" --out experiments/char_grpo \
+"$python" -m rlft report "$out" --out experiments/char_grpo \
   --metrics eval/loss eval/reference_loss eval/reward eval/kl --train eval/loss reward kl entropy

@@ -7,4 +7,4 @@ for seed in ${SEEDS:-0 1 2}; do
   [ -f "$out/s$seed/summary.json" ] || "$python" train.py +experiment=reinforce_small seed=$seed tracker=none \
     hardware.num_threads=1 run_dir="$out/s$seed"
 done
-"$python" -m rlft.report "$out" --out experiments/reinforce_small --train reward entropy loss
+"$python" -m rlft report "$out" --out experiments/reinforce_small --train reward entropy loss

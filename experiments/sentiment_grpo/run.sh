@@ -13,6 +13,6 @@ for seed in 0 1 2; do
   train "$out/length_repetition-s$seed" name=sentiment_length_repetition algo.kl.coef=0 \
     "reward=[sentiment,length,repetition]"
 done
-"$python" -m rlft.report "$out" --out experiments/sentiment_grpo --samples 10 --reward eval/rewards/sentiment/mean \
+"$python" -m rlft report "$out" --out experiments/sentiment_grpo --samples 10 --reward eval/rewards/sentiment/mean \
   --metrics eval/rewards/sentiment/mean eval/kl_completion eval/distinct_2 eval/reference_perplexity \
   eval/completions/mean_length

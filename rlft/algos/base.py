@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlft.data.kinds import Kind
 from rlft.models.heads import Head
 from rlft.models.scorer import Scorer
 from rlft.trainer.batch import Batch
@@ -31,13 +32,18 @@ class Evaluation:
 class Algorithm(ABC):
     """One way to turn a step number into a batch, and a batch into a loss."""
 
+    reads: tuple[Kind, ...]  # the kinds of data sets that it can be given
     objective: tuple[str, str]  # the evaluation metric that says which checkpoint is best, and "max" or "min"
     updates_per_batch: int = 1  # optimizer steps taken on one batch
     head: Head | None = None  # what is trained beside the policy: a value function, a reward head
 
     @staticmethod
     def check(*, has_reference: bool, world_size: int, **settings: Any) -> None:
-        """Refuse settings that make no sense together; called before anything is loaded."""
+        """Refuse settings that make no sense together; called before anything is loaded.
+
+        `settings` holds the algorithm's own, and `is_reference_initial`: whether the reference is the policy as the run
+        begins with it.
+        """
 
     @abstractmethod
     def collect(self, batch_index: int) -> Batch:

@@ -10,6 +10,7 @@ import torch
 from rlft.algos.kl import KLPenalty
 from rlft.algos.parts import Stateful, call, function_of, parameters
 from rlft.errors import ConfigError
+from rlft.functional.advantages import beta_normalized, no_advantage
 from rlft.functional.surrogates import score_function, sequence_ratio
 from rlft.functional.weights import best_of_group, reward_weighted
 
@@ -22,12 +23,15 @@ def check(
     kl: KLPenalty,
     critic: Callable[..., Any] | None,
     has_reference: bool,
+    is_reference_initial: bool = False,
     prompts_per_step: int,
     group_size: int,
     epochs: int,
     minibatches: int,
     target_kl: float | None,
     whiten_advantages: bool,
+    entropy_coef: float,
+    target_logprob_coef: float,
     resample_zero_std: int,
     world_size: int,
     top_k: int = 0,
@@ -36,14 +40,39 @@ def check(
     allow_bent_sampling: bool = False,
     **_: Any,
 ) -> None:
-    """Raise `ConfigError` for the first thing that makes no sense in a composition of online parts."""
+    """Raise `ConfigError` for the first thing that makes no sense in a composition of online parts.
+
+    `is_reference_initial` says that the reference is the policy as the run begins with it.
+    """
     wants, updates, samples = parameters(advantage), epochs * minibatches, prompts_per_step * group_size
     is_likelihood = function_of(advantage) in (best_of_group, reward_weighted)
     is_score_function = function_of(surrogate) is score_function
+    only_kl = function_of(advantage) is no_advantage and not entropy_coef  # no reward trains, and nothing beside it
     refused = (
         (
             kl.base_coef > 0 and not has_reference,
             "a KL penalty needs a reference: set reference=initial, or algo/kl=none",
+        ),
+        (
+            only_kl and not kl.is_in_loss,
+            f"algo/advantage=none trains by the KL in the loss alone, and there is none: take algo/kl=exact with "
+            f"algo.kl.coef above 0 (it is {kl.base_coef:g}, in the {kl.where}), and a teacher by reference=checkpoint",
+        ),
+        (
+            only_kl and is_reference_initial,
+            "algo/advantage=none moves a student to its teacher, and the reference is the policy itself as the run "
+            "begins: the KL has no gradient there, ever. Name a teacher: reference=checkpoint reference.path=DIR",
+        ),
+        (
+            kl.is_in_reward and function_of(advantage) is beta_normalized,
+            "algo/advantage=beta_normalized is for rewards of 0 and 1, and a KL in the reward makes others of them: "
+            "take a KL in the loss (algo/kl=k3), or algo/kl=none",
+        ),
+        (
+            target_logprob_coef != 0 and "mask" not in wants,
+            f"algo.target_logprob_coef={target_logprob_coef} is added to the reward of each token, and this "
+            f"algo/advantage compares whole completions: take returns, running_baseline, group_returns or gae, or set "
+            f"it to 0",
         ),
         (
             "group_size" in wants and group_size < 2,

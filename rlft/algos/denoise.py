@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from rlft.algos.base import Algorithm, Evaluation, Totals
-from rlft.algos.examples import check_sizes
+from rlft.algos.examples import check_held_out, check_sizes
 from rlft.algos.likelihood import EVAL_ROWS, text_rows
 from rlft.core.ranges import Size
+from rlft.data.kinds import Kind
 from rlft.data.text import TextData
 from rlft.errors import ConfigError
 from rlft.functional.aggregation import token_mean
@@ -52,9 +53,10 @@ class Denoise(Algorithm):
         sampling: its temperature is that of the samples. Each is a whole block behind a held-out block's first token,
             of which the first `max_new_tokens` are shown, up to the end of the text.
 
-    Raises `ConfigError` for a causal policy, for data that is not plain text, and for blocks longer than the context.
+    Raises `ConfigError` for a causal policy, and for blocks longer than the context.
     """
 
+    reads = (Kind.TEXT,)
     objective = ("eval/loss", "min")
 
     def __init__(
@@ -87,6 +89,7 @@ class Denoise(Algorithm):
         Unmasking(settings["sample_rounds"], settings["sample_order"])
         rows = settings["rows_per_step"]
         check_sizes(setting="algo.rows_per_step", per_step=rows, at_least=1, world_size=world_size)
+        check_held_out(setting="algo.eval_blocks", count=settings["eval_blocks"])
 
     def collect(self, batch_index: int) -> Batch:
         blocks = self.data.batch(batch_index, size=self.rows_per_step, seed=self.seed)
@@ -161,15 +164,11 @@ class Denoise(Algorithm):
         return ids[: min(end, self.sampling.max_new_tokens)]
 
 
-def _checked_mask_id(policy: CausalLM, data: Any) -> int:
+def _checked_mask_id(policy: CausalLM, data: TextData) -> int:
     if policy.mask_id is None:
         raise ConfigError(
             "algo=denoise needs a model that attends both ways: model=gpt2_scratch model.is_causal=false "
             "(+experiment=denoise_small)"
-        )
-    if not isinstance(data, TextData):
-        raise ConfigError(
-            f"algo=denoise trains on plain text, such as data=reviews_text; the data set is a {type(data).__name__}"
         )
     if policy.context_length < data.block_size + 1:
         raise ConfigError(

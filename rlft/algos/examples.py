@@ -103,10 +103,10 @@ def check_sizes(*, setting: str, per_step: int, at_least: int, world_size: int) 
         )
 
 
-def check_data(data: Any, kind: type[ExampleData], *, needs: str) -> None:
-    """Raise `ConfigError` for a data set of another kind; `needs` says what is trained on, and a choice that has it."""
-    if not isinstance(data, kind):
-        raise ConfigError(f"this algorithm trains on {needs}; the data set is a {type(data).__name__}")
+def check_held_out(*, setting: str, count: int | None, at_least: int = 1) -> None:
+    """Raise `ConfigError` for an evaluation on fewer held-out examples than tell anything; None stands for all."""
+    if count is not None and count < at_least:
+        raise ConfigError(f"{setting}={count} must be at least {at_least}, or null for all held-out ones")
 
 
 def check_room(data: ExampleData, *, context_length: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlft.algos.base import Evaluation
 from rlft.algos.examples import (
     OnExamples,
-    check_data,
+    check_held_out,
     check_sizes,
     completion_rows,
     held_out,
@@ -29,8 +29,9 @@ from rlft.algos.examples import (
 )
 from rlft.core.ranges import Size
 from rlft.data.completions import Example
+from rlft.data.kinds import Kind
 from rlft.data.labelled import UnpairedData
-from rlft.errors import ConfigError
+from rlft.errors import ConfigError, DataError
 from rlft.functional.preference import kto, kto_reference_point
 from rlft.models.base import CausalLM
 from rlft.models.scorer import Scorer
@@ -46,9 +47,11 @@ class KTO(OnExamples):
     Arguments (beside the run's objects, which rlft/build.py hands in):
         beta, desirable_weight, undesirable_weight: as for `rlft.functional.preference.kto`.
         rows_per_step: completions in an optimizer batch, at least 2: each also serves another prompt for z0.
-        eval_rows: held-out completions of an evaluation; None for all of them.
+        eval_rows: held-out completions of an evaluation, at least 2 for the same reason; None for all of them.
         micro_batch, micro_batch_tokens: what one forward without a gradient may hold.
     """
+
+    reads = (Kind.UNPAIRED,)
 
     def __init__(
         self,
@@ -74,15 +77,20 @@ class KTO(OnExamples):
     ) -> None:
         self.check(
             has_reference=reference is not None, world_size=world_size, beta=beta, desirable_weight=desirable_weight,
-            undesirable_weight=undesirable_weight, rows_per_step=rows_per_step,
+            undesirable_weight=undesirable_weight, rows_per_step=rows_per_step, eval_rows=eval_rows,
         )  # fmt: skip
-        check_data(data, UnpairedData, needs="completions with a label, such as data=unpaired_jsonl")
         super().__init__(
             policy=policy, data=data, seed=seed, device=device, autocast=autocast, rank=rank, world_size=world_size,
             per_step=rows_per_step, num_held_out=eval_rows, micro_batch=micro_batch,
             micro_batch_tokens=micro_batch_tokens,
         )  # fmt: skip
         self.reference, self.tokenizer, self.sampling, self.clock = reference, tokenizer, sampling, clock
+        for split in ("train", "validation"):
+            if len(data.examples(split)) == 1:
+                raise DataError(
+                    f"the {split} split has 1 completion, {data.examples(split)[0].prompt.where}: algo=kto takes each "
+                    f"prompt with another row's completion for z0, and needs at least 2: give more rows"
+                )
         self.beta, self.weights = beta, {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
 
     @staticmethod
@@ -94,10 +102,12 @@ class KTO(OnExamples):
         desirable_weight: float,
         undesirable_weight: float,
         rows_per_step: Size,
+        eval_rows: int | None,
         **_: Any,
     ) -> None:
         """Raise `ConfigError` without a reference, for a value out of its range, and for several processes."""
         check_sizes(setting="algo.rows_per_step", per_step=rows_per_step, at_least=2, world_size=world_size)
+        check_held_out(setting="algo.eval_rows", count=eval_rows, at_least=2)
         values = {"beta": beta, "desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
         for name, value in values.items():
             if not value > 0:

@@ -28,6 +28,7 @@ from rlft.algos.reference import EXACT_KL_VOCABULARY
 from rlft.algos.rollouts import Rollouts, Sampled
 from rlft.algos.scoring import add_rollout, sample_rows
 from rlft.core.ranges import Size, SizeOrZero
+from rlft.data.kinds import Kind
 from rlft.data.prompts import PromptData
 from rlft.errors import ConfigError
 from rlft.functional.preference import best_and_worst
@@ -51,6 +52,7 @@ class OnlineDPO(Algorithm):
         samples_per_step: completions written to samples.jsonl each step.
     """
 
+    reads = (Kind.PROMPTS, Kind.CONTEXTS)
     objective = ("eval/reward", "max")
 
     def __init__(

@@ -21,11 +21,13 @@ from rlft.algos.evaluation import Evaluator
 from rlft.algos.kl import KLPenalty
 from rlft.algos.parts import Stateful, call, parameters
 from rlft.algos.reference import FrozenSide
-from rlft.algos.rollouts import Rollouts, Sampled
+from rlft.algos.rollouts import Rollouts, Sampled, target_ids
 from rlft.algos.scoring import add_rollout, sample_rows
 from rlft.core.ranges import Count, CountOrZero, NonNegative, Size, SizeOrZero
 from rlft.counted import order
+from rlft.data.kinds import Kind
 from rlft.data.prompts import PromptData
+from rlft.errors import ConfigError
 from rlft.functional import surrogates
 from rlft.functional.advantages import whiten
 from rlft.functional.aggregation import token_mean
@@ -69,6 +71,7 @@ class PolicyGradient(Algorithm):
             allow_bent_sampling is set, and then the ratio's denominator is the policy's own logprob.
     """
 
+    reads = (Kind.PROMPTS, Kind.CONTEXTS)
     objective = ("eval/reward", "max")
 
     def __init__(
@@ -119,7 +122,8 @@ class PolicyGradient(Algorithm):
             has_reference=reference is not None, world_size=world_size, advantage=advantage, surrogate=surrogate,
             aggregation=aggregation, kl=kl, critic=critic, prompts_per_step=prompts_per_step, group_size=group_size,
             epochs=epochs, minibatches=minibatches, target_kl=target_kl, whiten_advantages=whiten_advantages,
-            resample_zero_std=resample_zero_std, allow_bent_sampling=allow_bent_sampling,
+            entropy_coef=entropy_coef, target_logprob_coef=target_logprob_coef, resample_zero_std=resample_zero_std,
+            allow_bent_sampling=allow_bent_sampling,
             top_k=top_k, top_p=top_p, min_new_tokens=min_new_tokens,
         )  # fmt: skip
         self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
@@ -146,6 +150,8 @@ class PolicyGradient(Algorithm):
             sampling=self.sampling, device=device, autocast=autocast, limits=limits,
             has_exact_kl=self.frozen.has_exact, num_prompts=eval_prompts,
         )  # fmt: skip
+        if target_logprob_coef:  # whether they have a column of targets, before anything is sampled
+            target_ids(data.batch(0, size=1, seed=seed))
         self._batch_index = 0
         self._moved = [0.0, 0.0]  # KL(sampler || policy) of the last update: sum and tokens
 
@@ -188,9 +194,13 @@ class PolicyGradient(Algorithm):
         return batch.select(torch.as_tensor(rows, device=self.device).sort().values)
 
     def needed(self, batch: Batch) -> Batch:
-        """Leave out the rows whose advantages are all zero, where the surrogate is the whole loss: 0 times anything."""
+        """Leave out the rows whose advantages are all zero, where the surrogate is the whole loss: 0 times anything.
+
+        With a target KL all stay: how far the policy moved is measured on the whole mini-batch.
+        """
         is_ours = getattr(self.surrogate, "func", self.surrogate).__module__ == surrogates.__name__
-        if not is_ours or self.reference is not None or self.head is not None or self.entropy_coef_now:
+        is_more = self.reference is not None or self.head is not None or bool(self.entropy_coef_now)
+        if not is_ours or is_more or self.target_kl is not None:
             return batch
         has_part = batch.values["advantages"].ne(0).any(dim=1)
         has_part[0] |= not bool(has_part.any())  # a step with no gradient at all is still a step
@@ -264,19 +274,18 @@ class PolicyGradient(Algorithm):
         if "mask" in parameters(self.advantage):
             token_rewards = sampled.token_rewards(dtype=penalty.dtype, device=self.device) - penalty
             if self.target_logprob_coef:
-                targets = [prompt.columns["target_ids"] for prompt in sampled.prompt_of_row]
-                logprobs = self.frozen.target_logprobs(sampled.rollout.rows, targets)
+                logprobs = self.frozen.target_logprobs(sampled.rollout.rows, target_ids(sampled.prompt_of_row))
                 token_rewards = token_rewards + self.target_logprob_coef * logprobs
-            made = call(
-                self.advantage, rewards=token_rewards, mask=counted, values=values.get("old_values"),
-                group_size=self.group_size,
-            )  # fmt: skip
+            available = {"rewards": token_rewards, "mask": counted, "values": values.get("old_values")}
         else:
             greedy = None if sampled.greedy_rewards is None else sampled.greedy_rewards.to(self.device)
-            made = call(
-                self.advantage, rewards=rewards - penalty.sum(dim=1), group_size=self.group_size, greedy_rewards=greedy
-            )[:, None].expand(mask.shape)
+            available = {"rewards": rewards - penalty.sum(dim=1), "greedy_rewards": greedy}
+        try:
+            made = call(self.advantage, group_size=self.group_size, **available)
+        except ValueError as error:
+            raise ConfigError(f"algo/advantage cannot use the rewards of this batch: {error}") from error
         advantages, returns = made if isinstance(made, tuple) else (made, None)
+        advantages = advantages if advantages.dim() == 2 else advantages[:, None].expand(mask.shape)
         if self.whiten_advantages:
             advantages = whiten(advantages, counted)
         result = {"advantages": torch.where(counted, advantages, 0.0)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlft.algos.examples import (
     OnExamples,
-    check_data,
+    check_held_out,
     check_sizes,
     completion_rows,
     held_out,
@@ -25,6 +25,7 @@ from rlft.algos.examples import (
 from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
 from rlft.core.ranges import Size
 from rlft.data.completions import Example
+from rlft.data.kinds import Kind
 from rlft.data.preferences import PreferenceData
 from rlft.models.base import CausalLM
 from rlft.models.scorer import Scorer
@@ -44,6 +45,8 @@ class Preference(OnExamples):
         eval_pairs: held-out pairs of an evaluation; None for all of them.
         micro_batch, micro_batch_tokens: what one forward of the reference may hold.
     """
+
+    reads = (Kind.PREFERENCES,)
 
     def __init__(
         self,
@@ -68,9 +71,8 @@ class Preference(OnExamples):
     ) -> None:
         self.check(
             has_reference=reference is not None, world_size=world_size, loss=loss, beta=beta,
-            pairs_per_step=pairs_per_step,
+            pairs_per_step=pairs_per_step, eval_pairs=eval_pairs,
         )  # fmt: skip
-        check_data(data, PreferenceData, needs="pairs, such as data=preferences_jsonl")
         super().__init__(
             policy=policy, data=data, seed=seed, device=device, autocast=autocast, rank=rank, world_size=world_size,
             per_step=pairs_per_step, num_held_out=eval_pairs, micro_batch=micro_batch,
@@ -92,11 +94,13 @@ class Preference(OnExamples):
         loss: Callable[..., Any],
         beta: float,
         pairs_per_step: Size,
+        eval_pairs: int | None,
         **_: Any,
     ) -> None:
         """Raise `ConfigError` for a loss that is none on pairs or lacks its reference, and for a wrong size."""
         check_pair_loss(loss, beta=beta, has_reference=has_reference)
         check_sizes(setting="algo.pairs_per_step", per_step=pairs_per_step, at_least=1, world_size=world_size)
+        check_held_out(setting="algo.eval_pairs", count=eval_pairs)
 
     def make_batch(self, examples: list[Example]) -> Batch:
         batch = Batch(completion_rows(examples, device=self.device), rows_per_unit=ROWS_PER_PAIR)

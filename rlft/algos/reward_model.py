@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.examples import OnExamples, check_data, check_sizes, held_out, whole_rows
+from rlft.algos.examples import OnExamples, check_held_out, check_sizes, held_out, whole_rows
 from rlft.algos.pairs import ROWS_PER_PAIR, wins
 from rlft.core.ranges import NonNegative, Size
 from rlft.data.completions import Example
+from rlft.data.kinds import Kind
 from rlft.data.labelled import LabelledData
 from rlft.data.preferences import PreferenceData, margins
 from rlft.errors import CheckpointError
@@ -45,6 +46,8 @@ class RewardModel(OnExamples):
         micro_batch, micro_batch_tokens: what one forward of an evaluation may hold.
     """
 
+    reads = (Kind.PREFERENCES,)
+
     def __init__(
         self,
         *,
@@ -61,8 +64,7 @@ class RewardModel(OnExamples):
         micro_batch: Size | None,
         micro_batch_tokens: Size | None,
     ) -> None:
-        self.check(has_reference=False, world_size=world_size, pairs_per_step=pairs_per_step)
-        check_data(data, PreferenceData, needs="pairs, such as data=preferences_jsonl")
+        self.check(has_reference=False, world_size=world_size, pairs_per_step=pairs_per_step, eval_pairs=eval_pairs)
         super().__init__(
             policy=policy, data=data, seed=seed, device=device, autocast=autocast, rank=rank, world_size=world_size,
             per_step=pairs_per_step, num_held_out=eval_pairs, micro_batch=micro_batch,
@@ -73,10 +75,11 @@ class RewardModel(OnExamples):
 
     @staticmethod
     def check(  # type: ignore[override]  # it names the settings that it looks at
-        *, has_reference: bool, world_size: int, pairs_per_step: int, **_: Any
+        *, has_reference: bool, world_size: int, pairs_per_step: int, eval_pairs: int | None, **_: Any
     ) -> None:
         """Raise `ConfigError` for a batch without a pair, or that the ranks cannot share."""
         check_sizes(setting="algo.pairs_per_step", per_step=pairs_per_step, at_least=1, world_size=world_size)
+        check_held_out(setting="algo.eval_pairs", count=eval_pairs)
 
     def make_batch(self, examples: list[Example]) -> Batch:
         batch = _whole_texts(examples, self.device, rows_per_unit=ROWS_PER_PAIR)
@@ -107,6 +110,8 @@ class Classification(OnExamples):
         head_lr_scale, micro_batch, micro_batch_tokens: as for `RewardModel`.
     """
 
+    reads = (Kind.LABELLED,)
+
     def __init__(
         self,
         *,
@@ -123,8 +128,7 @@ class Classification(OnExamples):
         micro_batch: Size | None,
         micro_batch_tokens: Size | None,
     ) -> None:
-        self.check(has_reference=False, world_size=world_size, rows_per_step=rows_per_step)
-        check_data(data, LabelledData, needs="texts with a class, such as data=reviews_labelled")
+        self.check(has_reference=False, world_size=world_size, rows_per_step=rows_per_step, eval_rows=eval_rows)
         super().__init__(
             policy=policy, data=data, seed=seed, device=device, autocast=autocast, rank=rank, world_size=world_size,
             per_step=rows_per_step, num_held_out=eval_rows, micro_batch=micro_batch,
@@ -135,10 +139,11 @@ class Classification(OnExamples):
 
     @staticmethod
     def check(  # type: ignore[override]  # it names the settings that it looks at
-        *, has_reference: bool, world_size: int, rows_per_step: int, **_: Any
+        *, has_reference: bool, world_size: int, rows_per_step: int, eval_rows: int | None, **_: Any
     ) -> None:
         """Raise `ConfigError` for a batch without a text, or that the ranks cannot share."""
         check_sizes(setting="algo.rows_per_step", per_step=rows_per_step, at_least=1, world_size=world_size)
+        check_held_out(setting="algo.eval_rows", count=eval_rows)
 
     def make_batch(self, examples: list[Example]) -> Batch:
         batch = _whole_texts(examples, self.device, rows_per_unit=1)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rlft.algos.parts import Stateful
 from rlft.algos.scoring import group_std, score
+from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt, PromptData
-from rlft.data.text import TextData
 from rlft.errors import ConfigError
 from rlft.models.base import CausalLM
 from rlft.rewards.compose import RewardOutput, RewardSum
@@ -87,8 +87,6 @@ class Rollouts(Stateful):
         group_size: int,
         max_draws: int,
     ) -> None:
-        if isinstance(data, TextData):
-            raise ConfigError("this algorithm samples from prompts: data=reviews, shakespeare, jsonl, … (no *_text)")
         _check_room(data, max_new_tokens=sampling.max_new_tokens, context_length=policy.context_length)
         self.policy, self.rewards, self.data, self.tokenizer = policy, rewards, data, tokenizer
         self.sampling, self.seed, self.device, self.autocast, self.clock = sampling, seed, device, autocast, clock
@@ -166,6 +164,22 @@ class Rollouts(Stateful):
                 eos_id=self.tokenizer.eos_id, seed=self.seed, step=step, first_prompt=self.rank * self.share,
                 device=self.device, clock=self.clock,
             )  # fmt: skip
+
+
+def target_ids(prompts: list[Prompt]) -> list[list[int]]:
+    """Return each prompt's column `target_ids`, what `algo.target_logprob_coef` reads.
+
+    Raises `ConfigError` for data without it.
+    """
+    for prompt in prompts:
+        targets = prompt.columns.get("target_ids")
+        if not isinstance(targets, list) or not all(isinstance(token, int) for token in targets):
+            names = ", ".join(prompt.columns) or "none"
+            raise ConfigError(
+                f"algo.target_logprob_coef reads the column target_ids, a list of token ids, which {prompt.where} does "
+                f"not have (its columns: {names}): take data={' or '.join(Kind.CONTEXTS.choices)}, or set it to 0"
+            )
+    return [prompt.columns["target_ids"] for prompt in prompts]
 
 
 def _check_room(data: PromptData, *, max_new_tokens: int, context_length: int) -> None:

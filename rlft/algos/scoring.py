@@ -32,6 +32,7 @@ def score(rewards: RewardSum, tokenizer: Tokenizer, prompts: list[Prompt], rollo
         completions=tokenizer.decode_batch(ids),
         completion_ids=ids,
         columns=columns,
+        messages=[p.messages for p in prompts],
     )
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from rlft.algos.base import Algorithm, Evaluation, Totals
-from rlft.algos.examples import check_room, check_sizes, completion_rows, held_out, show_samples
+from rlft.algos.examples import check_held_out, check_room, check_sizes, completion_rows, held_out, show_samples
 from rlft.algos.likelihood import EVAL_ROWS, mean_loss, perplexity, text_rows
 from rlft.core.ranges import Size
 from rlft.data.completions import CompletionData, Example
+from rlft.data.kinds import Kind
 from rlft.data.text import TextData
 from rlft.errors import ConfigError
 from rlft.functional.aggregation import token_mean
@@ -39,6 +40,7 @@ class SFT(Algorithm):
         sampling: how the samples of an evaluation are drawn, from the end-of-text token on or behind held-out prompts.
     """
 
+    reads = (Kind.TEXT, Kind.COMPLETIONS)
     objective = ("eval/loss", "min")
 
     def __init__(
@@ -55,12 +57,9 @@ class SFT(Algorithm):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.check(has_reference=False, world_size=world_size, rows_per_step=rows_per_step)
-        if not (isinstance(data, CompletionData) or hasattr(data, "block_size")):
-            raise ConfigError(
-                f"algo=sft trains on plain text, such as data=reviews_text, or on completions, such as "
-                f"data=completions_jsonl; the data set is a {type(data).__name__}"
-            )
+        self.check(
+            has_reference=False, world_size=world_size, rows_per_step=rows_per_step, eval_blocks=eval_blocks
+        )  # fmt: skip
         if isinstance(data, CompletionData):
             check_room(data, context_length=policy.context_length)
         elif data.block_size > policy.context_length:
@@ -72,11 +71,10 @@ class SFT(Algorithm):
         self.rank, self.world_size = rank, world_size
 
     @staticmethod
-    def check(  # type: ignore[override]  # it names the settings that it looks at
-        *, has_reference: bool, world_size: int, rows_per_step: int, **_: Any
-    ) -> None:
-        """Raise `ConfigError` for a batch without a row, or that the ranks cannot share."""
-        check_sizes(setting="algo.rows_per_step", per_step=rows_per_step, at_least=1, world_size=world_size)
+    def check(*, has_reference: bool, world_size: int, **settings: Any) -> None:
+        rows = settings["rows_per_step"]
+        check_sizes(setting="algo.rows_per_step", per_step=rows, at_least=1, world_size=world_size)
+        check_held_out(setting="algo.eval_blocks", count=settings["eval_blocks"])
 
     def collect(self, batch_index: int) -> Batch:
         drawn = self.data.batch(batch_index, size=self.rows_per_step, seed=self.seed)

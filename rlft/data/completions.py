@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from rlft.counted import order
 from rlft.data.encode import Encoder, encode_texts
+from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt, PromptData
 from rlft.data.source import Row, Source, check_split
 from rlft.data.table import check_messages, check_unicode
@@ -58,6 +59,7 @@ class ExampleData(ABC):
             left out and counted under its reason ("skip").
     """
 
+    kind: Kind
     reasons: tuple[str, ...] = ("too_long",)
 
     def __init__(self, source: Source, *, tokenizer: Encoder, max_tokens: int | None, on_unusable: str) -> None:
@@ -131,6 +133,7 @@ class CompletionData(ExampleData):
     Arguments beside `ExampleData`'s: completion_column, the column that holds the completion.
     """
 
+    kind = Kind.COMPLETIONS
     reasons: tuple[str, ...] = ("too_long", "no_text")
 
     def __init__(

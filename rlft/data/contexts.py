@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from rlft.counted import generator
+from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt
 from rlft.data.source import Source
 from rlft.data.text import TextData
@@ -23,6 +24,8 @@ class Contexts:
     The blocks are `TextData`'s, so the prompts of a step are a function of (seed, step), and the validation blocks of
     `text` measure the policy as a language model.
     """
+
+    kind = Kind.CONTEXTS
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlft.data.completions import CompletionData, Example, ExampleData, Unusable, truth
 from rlft.data.encode import Encoder, encode_texts
+from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt
 from rlft.data.source import Row, Source
 from rlft.errors import ConfigError, DataError, nearest
@@ -24,6 +25,7 @@ class LabelledData(ExampleData):
         truncate: whether a text longer than max_tokens is cut to its first tokens, and counted, instead of refused.
     """
 
+    kind = Kind.LABELLED
     reasons = ("too_long", "no_text", "no_label")
 
     def __init__(
@@ -99,6 +101,7 @@ class UnpairedData(CompletionData):
     Arguments: as for `CompletionData`, and label_column, the column that holds the label.
     """
 
+    kind = Kind.UNPAIRED
     reasons = ("too_long", "no_text", "no_label")
 
     def __init__(

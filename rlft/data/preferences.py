@@ -7,6 +7,7 @@ from typing import Any
 
 from rlft.data.completions import CompletionData, Example, Unusable
 from rlft.data.encode import Encoder
+from rlft.data.kinds import Kind
 from rlft.data.source import Source
 from rlft.errors import DataError
 
@@ -23,6 +24,7 @@ class PreferenceData(CompletionData):
     Arguments: as for `CompletionData`, with the columns of both completions.
     """
 
+    kind = Kind.PREFERENCES
     reasons = ("too_long", "no_text", "equal")
 
     def __init__(

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from rlft.counted import order
 from rlft.data.encode import Encoder, encode_texts
+from rlft.data.kinds import Kind
 from rlft.data.source import Row, Source, check_split
 from rlft.errors import ConfigError, DataError, nearest
 
@@ -18,12 +19,16 @@ ON_LONG = ("error", "skip")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: its text, its ids (never empty), the other columns of its row, and its place as `"file:line"`."""
+    """A prompt: its text, its ids (never empty), the other columns of its row, and its place as `"file:line"`.
+
+    `messages` is the conversation of which the text was made, where it was one.
+    """
 
     text: str
     ids: list[int]
     columns: dict[str, Any]
     where: str
+    messages: tuple[dict[str, str], ...] | None = None
 
 
 class PromptData:
@@ -45,6 +50,8 @@ class PromptData:
     Raises:
         ConfigError: an argument is wrong. DataError, from the methods: a row cannot be used.
     """
+
+    kind = Kind.PROMPTS
 
     def __init__(
         self,
@@ -164,7 +171,7 @@ class PromptData:
                     f"leave empty prompts out, or use another tokenizer"
                 )
             ids = [self.tokenizer.eos_id]
-        return Prompt(text, ids, row.columns, row.where)
+        return Prompt(text, ids, row.columns, row.where, row.messages)
 
     def _rendered(self, row: Row) -> tuple[str, list[int]]:
         """Return the text and the ids of a conversation."""

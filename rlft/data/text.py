@@ -15,6 +15,7 @@ from rlft.cache import atomic_path, cache_dir
 from rlft.core.ranges import Size
 from rlft.counted import generator, order
 from rlft.data.encode import Encoder, encode_texts
+from rlft.data.kinds import Kind
 from rlft.data.source import Source, check_split
 from rlft.errors import ConfigError, DataError
 
@@ -32,6 +33,8 @@ class TextData:
         tokenizer: turns them into ids; the ids are kept in the cache directory.
         block_size: inputs of a block, in tokens, at least 1.
     """
+
+    kind = Kind.TEXT
 
     def __init__(self, source: Source, *, tokenizer: Encoder, block_size: Size) -> None:
         if block_size < 1:

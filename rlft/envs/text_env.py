@@ -147,6 +147,7 @@ class TextEnv(gymnasium.Env[dict[str, Any], np.int64]):
             completions=[completion],
             completion_ids=[self._completion],
             columns={name: [prompt.columns.get(name)] for name in self.columns},
+            messages=[prompt.messages],
         )
         total, is_counted = float(scored.total[0]), not bool(scored.total[0].isnan())
         values = {name: None if value[0].isnan() else float(value[0]) for name, value in scored.components.items()}

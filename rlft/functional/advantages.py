@@ -171,8 +171,12 @@ def beta_normalized(rewards: Tensor, *, group_size: int) -> Tensor:
         ValueError: for rewards other than 0 and 1, and a group of 1.
     """
     refuse_group_of_one("beta_normalized", group_size)
-    if not ((rewards == 0) | (rewards == 1) | rewards.isnan()).all():
-        raise ValueError("beta_normalized is for rewards of 0 and 1; for others take group_zscore or leave_one_out")
+    is_other = (rewards != 0) & (rewards != 1) & ~rewards.isnan()
+    if is_other.any():
+        raise ValueError(
+            f"beta_normalized is for rewards of 0 and 1, got {float(rewards[is_other][0]):.6g}; for others take "
+            f"group_zscore or leave_one_out"
+        )
     centred, num = centre_groups(rewards, group_size)
     p = rewards.reshape(-1, group_size).nan_to_num(0.0).sum(-1, keepdim=True) / num.clamp(min=1)
     counted = p[num > 0]

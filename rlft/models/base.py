@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlft.models.attention import Segments
+from rlft.models.optimizer import AdamW
 
 
 class Cache(Protocol):
@@ -56,6 +57,7 @@ class CausalLM(nn.Module, ABC):
     vocab_size: int
     context_length: int  # the largest number of positions, prompt and completion together
     cache_shape: CacheShape
+    num_heads: int  # query heads of a layer; several may share a key/value head of `cache_shape`
     takes_packed: bool = False  # whether attention is left to the cache, so that rows can be forwarded without padding
     num_last_weights: int = 0  # of the matrices behind the last attention, which see `outputs` alone
     mask_id: int | None = None  # stands for a hidden token where attention goes both ways; None: it is causal
@@ -115,4 +117,4 @@ class CausalLM(nn.Module, ABC):
                     groups.append({"params": params, "weight_decay": decay, "scale": scale})
             trained += parameters
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in trained)
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+        return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)

@@ -53,7 +53,7 @@ class Bigram(CausalLM):
     def __init__(self, log_probs: Tensor, *, context_length: int) -> None:
         super().__init__()
         self.vocab_size, self.context_length = len(log_probs), context_length
-        self.cache_shape = CacheShape(num_layers=1, num_kv_heads=1, head_dim=0)
+        self.cache_shape, self.num_heads = CacheShape(num_layers=1, num_kv_heads=1, head_dim=0), 1
         self.register_buffer("log_probs", log_probs)
 
     def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:

@@ -147,6 +147,7 @@ class GPT2(CausalLM):
         self.config = config
         self.vocab_size, self.context_length = config.vocab_size, config.n_positions
         self.cache_shape = CacheShape(config.n_layer, config.n_head, config.n_embd // config.n_head)
+        self.num_heads = config.n_head
         self.num_last_weights = 9 * config.n_embd**2 if config.is_causal else 0  # the last block's c_proj and MLP
         self.mask_id = None if config.is_causal else config.vocab_size
         self.wte = nn.Embedding(config.vocab_size + int(not config.is_causal), config.n_embd)

@@ -57,11 +57,11 @@ class HFCausalLM(CausalLM):
         # Sampling is rlft's: a model's own defaults of it are not kept, some of which transformers refuses to save.
         model.generation_config = GenerationConfig.from_model_config(model.config)
         self.vocab_size = head.weight.shape[0]
-        self.context_length, num_heads = _context_length(config), config.num_attention_heads
+        self.context_length, self.num_heads = _context_length(config), config.num_attention_heads
         self.cache_shape = CacheShape(
             num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or self.num_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // self.num_heads,
         )
         _check(self, model, dropout=dropout)
 

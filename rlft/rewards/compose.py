@@ -6,11 +6,12 @@ counts gets nan here, not 0, so that it can be left out instead of being trained
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlft.errors import ConfigError, DataError, RewardError, nearest
+from rlft.errors import ConfigError, DataError, RewardError, RlftError, nearest
 
 OWN_KEYWORDS = ("prompts", "completions", "completion_ids")
+MESSAGES = "prompt_messages"  # handed to a reward that names it: each prompt's conversation, or None
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
@@ -77,9 +79,16 @@ class RewardSum:
         self.rewards = dict(rewards)
         self.weights = {name: float(weights[name]) for name in rewards}
         self.timeouts = {name: float(timeouts[name]) for name in rewards}
+        self._read_messages = {name for name in rewards if MESSAGES in inspect.signature(rewards[name]).parameters}
 
     def __call__(
-        self, *, prompts: list[str], completions: list[str], completion_ids: list[list[int]], columns: dict[str, list]
+        self,
+        *,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        columns: dict[str, list],
+        messages: Sequence[Sequence[dict[str, str]] | None] | None = None,
     ) -> RewardOutput:
         """Score B completions.
 
@@ -87,10 +96,13 @@ class RewardSum:
             prompts, completions: B strings each.
             completion_ids: B lists of token ids, a generated end token included.
             columns: the other columns of the data, B values each; every reward gets them as keywords.
+            messages: the conversation that each prompt was rendered from, or None; a reward that names the keyword
+                `prompt_messages` gets them.
 
         Raises `RewardError`, which names the reward and the row, if a reward raises, takes too long, or returns another
-        number of values than B or a value that is neither None nor a finite number; `DataError` for a column named as
-        one of the three lists; `ValueError` if the arguments' lengths differ.
+        number of values than B or a value that is neither None nor a finite number; `ConfigError` or `DataError` where
+        a reward raises one; `DataError` for a column named as one of the three lists; `ValueError` if the arguments'
+        lengths differ.
         """
         _check_lengths(completions, {"prompts": prompts, "completion_ids": completion_ids, **columns}, columns)
         rows, tokens = [], None
@@ -101,6 +113,8 @@ class RewardSum:
                 "completion_ids": [list(ids) for ids in completion_ids],
                 **{column: list(values) for column, values in columns.items()},
             }
+            if name in self._read_messages:
+                arguments[MESSAGES] = [None] * len(prompts) if messages is None else list(messages)
             returned = _call(name, reward, arguments, self.timeouts[name]) if completions else []
             if _is_token_level(returned):
                 per_token = _checked_tokens(name, returned, completion_ids)
@@ -144,8 +158,8 @@ def _call(name: str, reward: Callable[..., Any], arguments: dict[str, Any], seco
         ) from None
     if failure is None:
         return future.result()
-    if isinstance(failure, RewardError):
-        raise RewardError(f"reward {name!r}: {failure}") from failure
+    if isinstance(failure, RlftError):  # of the settings or the data: the exit code is theirs
+        raise type(failure)(f"reward {name!r}: {failure}") from failure
     raise RewardError(f"reward {name!r} raised {type(failure).__name__}: {failure} {_place(failure, arguments)}") from (
         failure
     )
@@ -215,7 +229,7 @@ def _check_names(what: str, given: Mapping[str, Any], rewards: Mapping[str, Any]
 
 def _check_lengths(completions: list[str], lists: Mapping[str, list], columns: Iterable[str]) -> None:
     for column in columns:
-        if column in OWN_KEYWORDS:
+        if column in (*OWN_KEYWORDS, MESSAGES):
             raise DataError(f"the data's column {column!r} has the name of a reward's own argument; rename the column")
     for key, values in lists.items():
         if len(values) != len(completions):

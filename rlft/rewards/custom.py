@@ -7,12 +7,12 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlft.errors import ConfigError, nearest
+from rlft.errors import ConfigError, RewardError, nearest
 from rlft.rewards.compose import OWN_KEYWORDS
 
 FORMS = "package.module:function or /path/to/file.py:function"
@@ -21,16 +21,19 @@ FORMS = "package.module:function or /path/to/file.py:function"
 class Custom:
     """Calls a function that has TRL's signature, such as `def reward(completions, **kwargs) -> list[float | None]`.
 
-    It gets the keywords `prompts`, `completions` (strings), `completion_ids` and every other column of the data; an
-    `async def` is awaited. TRL's `trainer_state`, `log_extra` and `log_metric` are not given. `RewardSum` turns its
-    exceptions into `RewardError`s with the reward's name.
+    It gets the keywords `prompts`, `completions`, `completion_ids` and every other column of the data; an `async def`
+    is awaited. TRL's `trainer_state`, `log_extra` and `log_metric` are not given. `RewardSum` turns its exceptions into
+    `RewardError`s with the reward's name.
     """
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: str, *, messages: bool = False) -> None:
         """Arguments:
 
         function: "package.module:function" of a module that Python can import, or "file.py:function" of a file
             (relative to the directory that the run was started in). The module is run, so name only what you trust.
+        messages: whether prompts and completions are handed over as lists of messages, as TRL does for conversations: a
+            completion is `[{"role": "assistant", "content": text}]`, a prompt that was no conversation one message of
+            the user. Else both are strings, a conversation as the chat template renders it.
 
         Raises `ConfigError` if it cannot be imported, is not a function, or does not take the keywords.
         """
@@ -42,13 +45,54 @@ class Custom:
         module = (
             _from_file(function, Path(where).expanduser()) if where.endswith(".py") else _from_module(function, where)
         )
-        self.function = _function_in(module, name, function)
+        self.function, self.messages = _function_in(module, name, function), messages
+        self.needs = _columns_of(self.function)
 
     def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
+        self,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        prompt_messages: list[Sequence[dict[str, str]] | None] | None = None,
+        **columns: Any,
     ) -> Any:
-        returned = self.function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-        return asyncio.run(returned) if inspect.iscoroutine(returned) else returned
+        """Raises `ConfigError` for a column that the function needs and the data lacks."""
+        for column in self.needs:
+            if column not in columns:
+                raise ConfigError(
+                    f"the function needs a column {column!r}{nearest(column, columns)}; beside the prompt the data has "
+                    f"{', '.join(columns) or 'none'}"
+                )
+        given: dict[str, Any] = {"prompts": prompts, "completions": completions}
+        if self.messages:
+            pairs = zip(prompts, prompt_messages or [None] * len(prompts), strict=True)
+            chats = [({"role": "user", "content": text},) if own is None else own for text, own in pairs]
+            given = {
+                "prompts": [[dict(message) for message in chat] for chat in chats],  # copies, as all lists are
+                "completions": [[{"role": "assistant", "content": text}] for text in completions],
+            }
+        try:
+            returned = self.function(**given, completion_ids=completion_ids, **columns)
+            return asyncio.run(returned) if inspect.iscoroutine(returned) else returned
+        except TypeError as error:
+            if self.messages or "string indices" not in str(error):
+                raise
+            raise RewardError(
+                f"it indexes a string as if it were a message ({error}): prompts and completions are handed over as "
+                f"strings; reward.custom.messages=true makes them lists of messages, as TRL's functions for "
+                f"conversations read them"
+            ) from error
+
+
+def _columns_of(function: Callable[..., Any]) -> list[str]:
+    """Return the parameters without a default that only a column of the data can fill."""
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in OWN_KEYWORDS
+        and parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
 
 
 def _from_module(function: str, name: str) -> ModuleType:
@@ -78,12 +122,16 @@ def _from_file(function: str, path: Path) -> ModuleType:
 
 
 def _function_in(module: ModuleType, name: str, function: str) -> Callable[..., Any]:
-    names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    if name not in vars(module):
+    try:
+        found = getattr(module, name)  # a lazy module has its attributes by getattr alone
+    except AttributeError as error:
+        own = vars(module)  # of a lazy module's names dir tells, and what they are is not asked
+        names = [key for key in dir(module) if not key.startswith("_") and (key not in own or callable(own[key]))]
         raise _refused(
             function, f"names no function: {module.__name__} has {', '.join(names) or 'none'}{nearest(name, names)}"
-        )
-    found = vars(module)[name]
+        ) from error
+    except Exception as error:  # what a lazy module imports then may fail as any import can
+        raise _refused(function, f"could not be imported: {type(error).__name__}: {error}") from error
     if inspect.isclass(found) or not callable(found):
         kind = "a class" if inspect.isclass(found) else f"a {type(found).__name__}"
         raise _refused(
@@ -96,7 +144,8 @@ def _function_in(module: ModuleType, name: str, function: str) -> Callable[..., 
         raise _refused(
             function,
             f"cannot be called as a reward ({error}): it gets the keywords {', '.join(OWN_KEYWORDS)} and every other "
-            f"column of the data; a **kwargs takes those that it does not use",
+            f"column of the data; a **kwargs takes those that it does not use. Where it makes a reward from settings, "
+            f"call it in a file of your own, as in score = {name}(…), and name that: FILE.py:score",
         ) from error
     return found
 

@@ -45,7 +45,7 @@ class Sampling:
             raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not self.temperature > 0:
             raise ConfigError(
-                f"temperature must be above 0, got {self.temperature}; for the limit at 0 use greedy=true"
+                f"temperature must be above 0, got {self.temperature}; at 0 it would be greedy=true (--greedy)"
             )
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(f"top_k must be >= 0 and top_p in (0, 1], got top_k={self.top_k}, top_p={self.top_p}")

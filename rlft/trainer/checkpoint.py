@@ -43,7 +43,7 @@ class Checkpoints:
         head: nn.Module | None = None,
     ) -> Path:
         """Write `step_<step>` whole, then drop those that are neither among the newest nor the best."""
-        final = self._path(step)
+        final = self.path(step)
         temporary = self.directory / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -67,6 +67,10 @@ class Checkpoints:
         self._drop_old(best_step)
         return final
 
+    def path(self, step: int) -> Path:
+        """Return the directory of a step's checkpoint, whether it is there or not."""
+        return self.directory / f"{_PREFIX}{step:08d}"
+
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, in ascending order."""
         found = self.directory.glob(f"{_PREFIX}*")
@@ -74,7 +78,7 @@ class Checkpoints:
 
     def state(self, step: int) -> dict:
         """Return the state of a checkpoint, verified, without its weights; raises `CheckpointError`."""
-        path = self._path(step)
+        path = self.path(step)
         verify(path)
         return json.loads((path / "state.json").read_text())
 
@@ -90,7 +94,7 @@ class Checkpoints:
 
         Raises `CheckpointError` where a file is missing, has another size or sum, or does not fit the model.
         """
-        path = self._path(step)
+        path = self.path(step)
         state = self.state(step)
         _check_config(path, policy)
         try:
@@ -104,14 +108,11 @@ class Checkpoints:
             raise CheckpointError(f"{path} does not fit the configured model: {error}") from error
         return state
 
-    def _path(self, step: int) -> Path:
-        return self.directory / f"{_PREFIX}{step:08d}"
-
     def _drop_old(self, best_step: int | None) -> None:
         steps = self.steps()
         for step in steps[: -self.keep]:
             if step != best_step:
-                shutil.rmtree(self._path(step))
+                shutil.rmtree(self.path(step))
         for leftover in self.directory.glob(f".{_PREFIX}*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 

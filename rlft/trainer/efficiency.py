@@ -18,8 +18,8 @@ def forward_flops(policy: CausalLM, rows: Rows) -> float:
     """Return the floating-point operations that one forward over the rows needs: each prompt once, no padding.
 
     2 for each weight of a matrix and token read (Kaplan et al., arXiv:2001.08361, section 2.1), but behind the last
-    attention for tokens that something is predicted from, 2 V C for each token predicted, and 4 D for each head and
-    pair of tokens that attend.
+    attention for tokens that something is predicted from, 2 V C for each token predicted, and 4 D for each query head
+    and pair of tokens that attend.
     """
     prompts, completions = rows.prompt_lengths.double(), num_read(rows).double()
     read = float(prompts.sum() + completions.sum())
@@ -27,7 +27,7 @@ def forward_flops(policy: CausalLM, rows: Rows) -> float:
     of_completions = completions * (rows.prompt_lengths[rows.prompt_of_row] + (completions + 1) / 2)
     pairs = float(of_prompts.sum() + of_completions.sum())
     shape = policy.cache_shape
-    heads = shape.num_layers * shape.num_kv_heads * shape.head_dim
+    heads = shape.num_layers * policy.num_heads * shape.head_dim
     head = policy.head_weight.numel() * float(rows.completion_mask.sum())
     mask = rows.completion_mask
     predicting = int(mask[:, 1:].sum()) + len(rows.prompt_of_row[mask[:, 0]].unique())  # a prompt's last token is one

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
-from accelerate import Accelerator
 
 from rlft.core.ranges import Range
 from rlft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("no", "bf16")
@@ -42,11 +44,18 @@ class Hardware:
         if self.num_threads is not None and self.num_threads < 1:
             raise ConfigError(f"hardware.num_threads must be at least 1, got {self.num_threads}")
 
+    @property
+    def torch_device(self) -> torch.device:
+        """The device of a single process."""
+        is_cpu = self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available())
+        return torch.device("cpu" if is_cpu else "cuda")
+
     def accelerator(self) -> Accelerator:
         """Return the accelerator; sets torch's thread count and TF32 mode, which are process-wide."""
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
-        is_cpu = self.device == "cpu" or (self.device == "auto" and not torch.cuda.is_available())
-        return Accelerator(cpu=is_cpu, mixed_precision=self.mixed_precision)
+        from accelerate import Accelerator  # here: it takes a while to import, and a wrong setting needs none of it
+
+        return Accelerator(cpu=self.torch_device.type == "cpu", mixed_precision=self.mixed_precision)

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +30,9 @@ from rlft.trainer.progress import Progress
 from rlft.trainer.schedule import learning_rate
 from rlft.trainer.settings import TrainSettings, TrainState
 from rlft.trainer.trackers import Tracker
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # takes a while to import
 
 MAX_NON_FINITE_STEPS = 3  # in a row, before the run stops
 NUM_SHOWN_SAMPLES = 5  # on the screen; samples.jsonl holds them all
@@ -63,7 +66,9 @@ class Trainer:
             learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas,
             head=head, head_scale=1.0 if head is None else head.lr_scale,
         )  # fmt: skip
-        self.scorer, self.optimizer = accelerator.prepare(Scorer(policy, head), optimizer)
+        # Placed here: to place it, accelerate would import torch's distributed tensors, which takes a second.
+        scorer = Scorer(policy, head).to(accelerator.device)
+        self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer, device_placement=[False, False])
         self.run_dir = run_dir
         self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.keep)
         self.metrics_file, self.samples_file = (
@@ -220,7 +225,7 @@ class Trainer:
 
     def _update(self, batch: Batch, loss: float, rate: float) -> float:
         """Clip and step; a loss or gradient that is not finite skips the step, and three in a row stop the run."""
-        grad_norm = float(self.accelerator.clip_grad_norm_(self.scorer.parameters(), self.settings.max_grad_norm))
+        grad_norm = float(self._clip()(self.scorer.parameters(), self.settings.max_grad_norm))
         if math.isfinite(loss) and math.isfinite(grad_norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
@@ -230,6 +235,11 @@ class Trainer:
             self._skip(batch, loss, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def _clip(self) -> Callable[..., Tensor]:
+        """Return what clips gradients: accelerate's function knows sharded ones, and takes a second to import them."""
+        is_alone = self.accelerator.num_processes == 1
+        return torch.nn.utils.clip_grad_norm_ if is_alone else self.accelerator.clip_grad_norm_
 
     def _skip(self, batch: Batch, loss: float, grad_norm: float) -> None:
         self.state.non_finite += 1

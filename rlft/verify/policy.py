@@ -41,7 +41,7 @@ class TabularPolicy(CausalLM):
             raise ConfigError(
                 f"{self.context_length} tokens of {self.vocab_size} are more contexts than float64 counts"
             )
-        self.cache_shape = CacheShape(num_layers=1, num_kv_heads=1, head_dim=1)
+        self.cache_shape, self.num_heads = CacheShape(num_layers=1, num_kv_heads=1, head_dim=1), 1
         self.table = nn.Parameter(table.detach().double().clone())
         base = self.vocab_size + 1
         codes = [sum((token + 1) * base**t for t, token in enumerate(context)) for context in contexts]

@@ -40,7 +40,7 @@ def write_markdown(rows: list[Row], path: Path, *, seconds: float) -> None:
     """Write the same table as a page, with what it was found with."""
     passed = sum(row.is_right for row in rows)
     lines = [
-        "# `python -m rlft verify`",
+        "# `rlft verify`",
         "",
         f"{passed} of {len(rows)} rows pass; {seconds:.0f} s, one thread of {platform.machine()}, torch "
         f"{torch.__version__}, Python {platform.python_version()}.",

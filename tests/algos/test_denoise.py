@@ -17,7 +17,6 @@ from rlft.models.scorer import Scorer
 from rlft.trainer.batch import Batch
 from rlft.trainer.metrics import Means
 from tests.algos.denoising import BLOCK, MASK, Text, bidirectional, denoise, one_block, random_blocks
-from tests.builders import FixedPrompts
 from tests.oracles.orders import any_order_nll, expected_nll, masks, order_nlls
 
 
@@ -229,6 +228,7 @@ def test_blocks_that_do_not_fit_the_context_are_refused():
         ({"sample_rounds": 0}, "must be at least 1, got 0"),
         ({"sample_order": "confidense"}, r"confidence, ancestral, got 'confidense' \(did you mean 'confidence'\?\)"),
         ({"rows_per_step": 0}, "algo.rows_per_step=0 must be at least 1"),
+        ({"eval_blocks": 0}, "algo.eval_blocks=0 must be at least 1, or null"),
         ({"rows_per_step": 5}, "algo.rows_per_step=5 .* a multiple of the 2 processes"),
     ],
 )
@@ -243,11 +243,6 @@ def test_impossible_settings_are_refused_before_anything_is_loaded(wrong, messag
     Denoise.check(has_reference=False, world_size=2, **settings)
     with pytest.raises(ConfigError, match=message):
         Denoise.check(has_reference=False, world_size=2, **(settings | wrong))
-
-
-def test_data_that_is_not_plain_text_is_refused():
-    with pytest.raises(ConfigError, match=r"trains on plain text, such as data=reviews_text; .* is a FixedPrompts"):
-        denoise(bidirectional(), FixedPrompts(["a"]))
 
 
 def test_plan_says_the_tokens_of_a_step(algorithm):

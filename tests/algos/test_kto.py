@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlft.errors import ConfigError
+from rlft.errors import ConfigError, DataError
 from rlft.models.scorer import Scorer
 from rlft.trainer.metrics import Means
-from tests.algos.offline import JUDGED, build_offline, gradient, judged, loss_of, pairs, reference, totals, widened
+from tests.algos.offline import JUDGED, build_offline, gradient, judged, loss_of, reference, totals, widened
 from tests.builders import perturbed, tiny
 from tests.models.tiny import plain_logprobs
 
@@ -163,9 +163,17 @@ def test_a_batch_of_one_kind_has_no_metrics_of_the_other():
         (("algo.beta=0",), {}, "algo.beta=0 must be above 0"),
         (("algo.undesirable_weight=-1",), {}, "algo.undesirable_weight=-1 must be above 0"),
         ((), {"world_size": 2}, "z0 over the whole batch, and so far does so in one process only"),
-        ((), {"data": pairs()}, "trains on completions with a label, such as data=unpaired_jsonl"),
+        (("algo.eval_rows=1",), {}, "algo.eval_rows=1 must be at least 2, or null for all held-out ones"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(overrides, given, message):
     with pytest.raises(ConfigError, match=message):
         made(*overrides, **given)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_split_of_one_completion_whose_loss_says_nothing_is_refused(split):
+    one, two = JUDGED[:1], JUDGED[:2]
+    made(data=judged(two, two))
+    with pytest.raises(DataError, match=rf"the {split} split has 1 completion, memory:1: .* at least 2: give more"):
+        made(data=judged(one, two) if split == "train" else judged(two, one))

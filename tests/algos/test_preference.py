@@ -12,7 +12,7 @@ from rlft.errors import ConfigError, DataError
 from rlft.models.scorer import Scorer
 from rlft.trainer.metrics import Means
 from tests.algos.offline import PAIRS, build_offline, gradient, loss_of, pairs, reference, totals, widened
-from tests.builders import TOKENIZER, FixedPrompts, tiny
+from tests.builders import TOKENIZER, tiny
 from tests.models.tiny import plain_logprobs
 
 NAMES = ["dpo", "ipo", "simpo", "orpo"]
@@ -210,7 +210,7 @@ def test_ranks_share_the_pairs_of_a_step():
         ("ipo", ("algo.loss._target_=rlft.functional.preference.kto",), {}, "algo.loss=kto is no loss on pairs"),
         ("dpo", ("algo.pairs_per_step=0",), {}, "algo.pairs_per_step=0 must be at least 1"),
         ("dpo", (), {"world_size": 2}, "pairs_per_step=5 must be at least 1, and a multiple of the 2 processes"),
-        ("dpo", (), {"data": FixedPrompts(["a"])}, "trains on pairs, such as data=preferences_jsonl; .* FixedPrompts"),
+        ("dpo", ("algo.eval_pairs=0",), {}, "algo.eval_pairs=0 must be at least 1, or null for all"),
         ("dpo", (), {"policy": tiny(n_positions=9)}, r"memory:3: 10 tokens do not fit .* data\.max_tokens=9"),
     ],
 )  # fmt: skip

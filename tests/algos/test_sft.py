@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlft.algos.base import Totals
+from rlft.algos.sft import SFT
 from rlft.errors import ConfigError
 from rlft.models.scorer import Scorer
 from rlft.trainer.metrics import Means
@@ -107,9 +108,11 @@ def test_ranks_share_the_blocks_of_a_step(algorithm):
     assert sorted(parts) == sorted(whole)
 
 
-def test_prompts_alone_are_refused_with_what_it_trains_on(algorithm):
-    with pytest.raises(ConfigError, match=r"data=reviews_text, or on completions.*the data set is a str"):
-        sft(algorithm.policy, "prompts", rows_per_step=4)
+@pytest.mark.parametrize(("rows", "blocks"), [(0, None), (5, None), (4, 0), (4, -1)])
+def test_sizes_that_make_no_batch_or_no_evaluation_are_refused_before_anything_is_loaded(rows, blocks):
+    SFT.check(has_reference=False, world_size=2, rows_per_step=4, eval_blocks=None)
+    with pytest.raises(ConfigError, match=rf"algo\.(rows_per_step={rows}|eval_blocks={blocks}) must be at least 1"):
+        SFT.check(has_reference=False, world_size=2, rows_per_step=rows, eval_blocks=blocks)
 
 
 def test_plan_says_the_tokens_of_a_step(algorithm):

@@ -14,7 +14,7 @@ from rlft.data.prompts import Prompt
 from rlft.errors import ConfigError
 from rlft.rewards.next_token import NextToken
 from tests.algos.micro import build, completions, frozen_distributions
-from tests.builders import ALPHABET, TOKENIZER, FixedText, reward_sum, tiny
+from tests.builders import ALPHABET, TOKENIZER, FixedPrompts, FixedText, reward_sum, tiny
 from tests.oracles.loops import discounted_returns
 
 BLOCKS = torch.arange(60).view(6, 10) % 11
@@ -82,13 +82,15 @@ def test_a_completions_reward_stays_at_its_last_token():
 
 def test_the_logprob_of_the_texts_own_token_is_added_to_each_tokens_reward():
     targets = [[1, 2], [3, 4, 5, 6, 7, 8]]  # shorter and longer than the completions
-    algorithm = build(
-        "reinforce", "algo.advantage.gamma=0", "algo.target_logprob_coef=0.5", rewards=reward_sum(NextToken()),
-    )  # fmt: skip
     prompts = [
         Prompt(t, TOKENIZER.encode(t), {"target_ids": ids}, t) for t, ids in zip(("abc", "d"), targets, strict=True)
     ]
-    algorithm.rollouts.data._prompts = prompts
+    data = FixedPrompts(())
+    data._prompts = prompts
+    algorithm = build(
+        "reinforce", "algo.advantage.gamma=0", "algo.target_logprob_coef=0.5", rewards=reward_sum(NextToken()),
+        data=data,
+    )  # fmt: skip
     batch = algorithm.collect(0)
     order = [prompts[0], prompts[1]] if int(batch.rows.prompt_lengths[0]) == 3 else [prompts[1], prompts[0]]
     for i, ids in enumerate(completions(batch)):

@@ -122,7 +122,7 @@ def test_a_stronger_kl_penalty_holds_the_policy_closer(name, tmp_path):
     assert tight["eval/reward"] < loose["eval/reward"]
 
 
-@pytest.mark.parametrize(("coef", "falls"), [(1.0, True), (0.0, False)])
+@pytest.mark.parametrize(("coef", "falls"), [(1.0, True), (1e-30, False)])  # 0 is refused; this moves no float32
 def test_a_distilled_student_moves_to_its_teacher_without_any_reward(coef, falls, tmp_path):
     student, teacher = tiny(1, spread=0.3), tiny(2, spread=0.3)
     algorithm = policy_gradient(

@@ -84,7 +84,10 @@ def test_one_of_our_checkpoints(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path, keep=1).save(7, policy, optimizer, {}, best_step=None)
     loaded = GPT2.from_pretrained(str(path))
     assert loaded.config == policy.config
-    assert torch.equal(logits_of(loaded, IDS), logits_of(policy, IDS))
+    for name, tensor in policy.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    # float32 with logits of several nats
+    torch.testing.assert_close(logits_of(loaded, IDS), logits_of(policy, IDS), rtol=0, atol=1e-5)
     assert GPT2.from_pretrained(str(path), dropout=0.5).config.dropout == 0.5
 
 

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from rlft.cli import main as command
 from rlft.errors import ConfigError
-from rlft.report.__main__ import main
 from rlft.report.runs import read_groups
 from rlft.report.table import at_kl, interval, results, samples
 
@@ -76,7 +76,7 @@ def test_an_early_stopped_run_shows_its_last_samples(tmp_path):
 def test_a_path_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no summary\.json"):
         read_groups([tmp_path])
-    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert command(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
 
 
 def test_results_hold_before_and_after_with_the_interval_over_seeds(tmp_path):
@@ -99,7 +99,7 @@ def test_samples_stand_side_by_side_and_break_no_table(tmp_path):
 def test_the_command_writes_table_and_picture(tmp_path, capsys):
     for seed in (0, 1):
         write_run(tmp_path / "runs" / str(seed), seed=seed)
-    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--samples", "1"]) == 0
+    assert command(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--samples", "1"]) == 0
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| held | 0, 1 |" in text and "Commit abc; a machine" in text and "#### held, seed 0" in text
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -149,14 +149,14 @@ def test_runs_without_a_reward_stand_in_the_table_and_not_in_its_curves(tmp_path
         write_run(tmp_path / "runs" / f"b{seed}", name="supervised", seed=seed)
         for file in (tmp_path / "runs" / f"b{seed}").glob("*.json*"):
             file.write_text(file.read_text().replace("eval/reward", "eval/loss"))
-    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--at-kl", "1"]) == 0
+    assert command(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--at-kl", "1"]) == 0
     lines = (tmp_path / "out" / "results.md").read_text().splitlines()
     assert next(line for line in lines if line.startswith("| supervised |")).endswith("| – |")
 
 
 def test_training_curves_are_drawn_and_an_unknown_metric_is_refused(tmp_path, capsys):
     write_run(tmp_path / "runs" / "a")
-    command = [str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--train"]
-    assert main([*command, "reward"]) == 0
+    arguments = ["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--train"]
+    assert command([*arguments, "reward"]) == 0
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert main([*command, "rewardd"]) == 2 and "did you mean 'reward'" in capsys.readouterr().err
+    assert command([*arguments, "rewardd"]) == 2 and "did you mean 'reward'" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_an_exception_in_the_function_names_the_reward_and_the_line_in_the_users
 
 
 def test_a_column_that_the_data_lacks_is_named(file: Path) -> None:
-    with pytest.raises(RewardError, match=r"'custom' raised TypeError: .*'answer'"):
+    with pytest.raises(ConfigError, match=r"'custom': the function needs a column 'answer'; .* the data has label"):
         run(Custom(f"{file}:with_column"), ["a"], label=[1])
 
 

@@ -26,6 +26,7 @@ EOS = 4
 PROMPTS = random_ids(1, [3, 1, 7, 12, 3])
 PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4, 4, 1, 0, 3, 2, 4])  # 19 rows: two vectors
 MAX_NEW = 14
+Prefilled = tuple[PrefixCache, Tensor]
 Result = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -49,8 +50,11 @@ def uniforms(num_rows: int = len(PROMPT_OF_ROW), num_tokens: int = MAX_NEW) -> T
 
 
 @torch.no_grad()
-def prefilled(policy: GPT2, prompts: list[list[int]]) -> tuple[PrefixCache, Tensor]:
-    """Prompts' keys and values, NaN beyond each one's length, and the hidden states that predict the first tokens."""
+def prefilled(policy: GPT2, prompts: list[list[int]] = PROMPTS) -> Prefilled:
+    """Prompts' keys and values, NaN beyond each one's length, and the hidden states that predict the first tokens.
+
+    torch computes them, with other bits on another number of threads: a comparison of the loop's bits starts from one.
+    """
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     prefix = PrefixCache(lengths)
@@ -62,14 +66,15 @@ def prefilled(policy: GPT2, prompts: list[list[int]]) -> tuple[PrefixCache, Tens
 
 def decoded(
     policy: GPT2,
+    start: Prefilled | None = None,
     *,
     rows: list[int] | None = None,
     draws: Tensor | None = None,
     room: Tensor | None = None,
     **changed: Any,
 ) -> Result:
-    """Decode `rows` (all by default) of the batch: their draws and room are the batch's."""
-    prefix, hidden = prefilled(policy, PROMPTS)
+    """Decode `rows` (all by default) of the batch from `start`: their draws and room are the batch's."""
+    prefix, hidden = prefilled(policy) if start is None else start
     chosen = torch.tensor(rows if rows is not None else list(range(len(PROMPT_OF_ROW))))
     room = policy.context_length - prefix.lengths[PROMPT_OF_ROW] if room is None else room
     prompt_of_row = PROMPT_OF_ROW[chosen]
@@ -146,9 +151,11 @@ def test_rows_end_in_every_way() -> None:
 
 
 def test_room_ends_a_row_that_did_not_stop() -> None:
-    free = decoded(policy_of(), draws=uniforms(), eos_id=None)
+    policy = policy_of()
+    start = prefilled(policy)
+    free = decoded(policy, start, draws=uniforms(), eos_id=None)
     room = torch.arange(len(PROMPT_OF_ROW)) % 5 + 1
-    ids, logprobs, counts, stopped = decoded(policy_of(), draws=uniforms(), room=room, eos_id=None)
+    ids, logprobs, counts, stopped = decoded(policy, start, draws=uniforms(), room=room, eos_id=None)
     inside = torch.arange(MAX_NEW)[None] < room[:, None]
     assert counts.equal(room) and not stopped.any()
     assert ids.equal(free[0] * inside) and logprobs.equal(free[1] * inside)
@@ -193,15 +200,16 @@ def test_many_rows_far_into_the_context_equal_float64_forwards(n_head: int) -> N
 @pytest.mark.parametrize("greedy", [False, True])
 def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_threads(greedy: bool) -> None:
     policy, draws = policy_of(n_embd=20), None if greedy else uniforms()
-    batch = decoded(policy, draws=draws)
+    start = prefilled(policy)
+    batch = decoded(policy, start, draws=draws)
     for row in range(len(PROMPT_OF_ROW)):
-        alone = decoded(policy, rows=[row], draws=draws)
+        alone = decoded(policy, start, rows=[row], draws=draws)
         assert all(a[0].equal(b[row]) for a, b in zip(alone, batch, strict=True))
-    backwards = list(range(len(PROMPT_OF_ROW)))[::-1]
-    assert all(a.flip(0).equal(b) for a, b in zip(decoded(policy, rows=backwards, draws=draws), batch, strict=True))
-    for number in (2, 3, 40):
+    backwards = decoded(policy, start, rows=list(range(len(PROMPT_OF_ROW)))[::-1], draws=draws)
+    assert all(a.flip(0).equal(b) for a, b in zip(backwards, batch, strict=True))
+    for number in (1, 3, 40):
         torch.set_num_threads(number)
-        assert all(a.equal(b) for a, b in zip(decoded(policy, draws=draws), batch, strict=True))
+        assert all(a.equal(b) for a, b in zip(decoded(policy, start, draws=draws), batch, strict=True))
 
 
 def with_logits(logits: list[float]) -> GPT2:
@@ -272,8 +280,8 @@ def test_a_nan_shows_in_the_logprobs_and_not_in_the_ids(greedy: bool) -> None:
 
 def test_a_nan_in_one_row_stays_there() -> None:
     policy, draws = policy_of(), uniforms()
-    before = decoded(policy, draws=draws)
-    prefix, hidden = prefilled(policy, PROMPTS)
+    prefix, hidden = prefilled(policy)
+    before = decoded(policy, (prefix, hidden), draws=draws)
     first = hidden[PROMPT_OF_ROW].clone()
     first[3] = torch.nan
     room = policy.context_length - prefix.lengths[PROMPT_OF_ROW]
@@ -285,9 +293,10 @@ def test_a_nan_in_one_row_stays_there() -> None:
 
 def test_calls_from_two_threads_do_not_wait_for_each_other_for_ever() -> None:
     policy, draws = policy_of(), uniforms()
-    want = decoded(policy, draws=draws)
+    start = prefilled(policy)
+    want = decoded(policy, start, draws=draws)
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(decoded, policy, draws=draws) for _ in range(20)]:
+        for done in [pool.submit(decoded, policy, start, draws=draws) for _ in range(20)]:
             assert all(a.equal(b) for a, b in zip(done.result(timeout=60), want, strict=True))
 
 

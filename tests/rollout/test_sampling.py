@@ -227,7 +227,7 @@ def test_filters_work_row_by_row_and_leave_their_input_alone() -> None:
     ("wrong", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0; for the limit at 0 use greedy=true"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0; at 0 it would be greedy=true"),
         ({"temperature": math.nan}, "temperature must be above 0"),
         ({"top_k": -1}, "top_k must be >= 0"),
         ({"top_p": 0.0}, r"top_p in \(0, 1\]"),

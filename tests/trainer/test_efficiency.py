@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from rlft.models.base import CausalLM
 from rlft.models.gpt2 import GPT2
+from rlft.models.hf import HFCausalLM
 from rlft.models.reference import initial
 from rlft.models.scorer import Scorer
 from rlft.trainer import efficiency
@@ -36,6 +40,28 @@ def test_needed_operations_are_those_that_torch_counts(counted: slice) -> None:
     pairs = 2 * (6 * 7 // 2) + 3 * (4 * 6 + 4 * 5 // 2)
     attention = 4 * 16 * 2 * pairs
     assert efficiency.forward_flops(policy, rows) == products + attention
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama with grouped heads"])
+def test_attention_is_counted_for_query_heads_as_torch_counts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "gpt2":
+        monkeypatch.setattr(GPT2, "takes_packed", False)  # torch cannot count compiled code
+        policy: CausalLM = GPT2.from_config(vocab_size=19, n_positions=24, n_embd=16, n_layer=2, n_head=2)
+    else:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = LlamaConfig(vocab_size=19, intermediate_size=32, max_position_embeddings=24, **sizes)
+        policy = HFCausalLM(LlamaForCausalLM(config))
+    rows = rows_from(PROMPTS, COMPLETIONS, OF_ROW)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        Scorer(policy)(rows)
+    counts = {str(operation): number for operation, number in counter.get_flop_counts()["Global"].items()}
+    # Torch counts whole squares: 6 x 6 of each prompt, and the 4 tokens read of a completion with all 6 + 4 before.
+    squares, pairs = 2 * 6 * 6 + 3 * 4 * (6 + 4), 2 * (6 * 7 // 2) + 3 * (4 * 6 + 4 * 5 // 2)
+    needed = efficiency.forward_flops(policy, rows)
+    if name != "gpt2":  # whose last layer torch counts whole here
+        assert needed == counts["aten.mm"] + counts["aten.bmm"] * pairs // squares
+    policy.num_heads = 0
+    assert needed - efficiency.forward_flops(policy, rows) == counts["aten.bmm"] * pairs // squares
 
 
 def test_padding_is_what_layers_compute_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

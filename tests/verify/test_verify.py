@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from rlft import __main__ as command
 from rlft import build
+from rlft import cli as command
 from rlft.errors import ConfigError
 from rlft.verify import groups, invariance, neural, sampled, training
 from rlft.verify.cases import CASES

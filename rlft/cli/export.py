@@ -1,0 +1,44 @@
+"""rlft export: write a policy and its tokenizer in Hugging Face format, for AutoModelForCausalLM.
+
+POLICY is a run directory, one of its checkpoints, a model in Hugging Face format, or a name on its hub. float16 and
+bfloat16 halve the files; rlft computes in float32 whatever they hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rlft.cli.evaluate import TRUST
+from rlft.cli.parser import Parser
+from rlft.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def parser() -> argparse.ArgumentParser:
+    export = Parser(
+        "export",
+        __doc__,
+        examples=("rlft export outputs/grpo/2026-01-01_12-00-00-s0 my-policy --dtype bfloat16",),
+    )
+    export.add_argument("policy", metavar="POLICY")
+    export.add_argument("directory", type=Path, metavar="DIRECTORY", help="where to write: a new or an empty directory")
+    export.add_argument("--dtype", choices=DTYPES, default="float32")
+    export.add_argument("--trusted-modules", action="append", default=[], metavar="MODULE", help=TRUST)
+    return export
+
+
+def run(arguments: list[str]) -> int:
+    args = parser().parse_args(arguments)
+    if args.directory.exists() and (not args.directory.is_dir() or any(args.directory.iterdir())):
+        raise ConfigError(f"{args.directory} exists and is no empty directory: give another one")
+    import torch
+
+    from rlft.cli.policies import named_policy
+
+    policy, tokenizer = named_policy(args.policy, trusted=tuple(args.trusted_modules)).load()
+    policy.to(getattr(torch, args.dtype)).save_hf(args.directory, eos_id=tokenizer.eos_id)
+    tokenizer.save(args.directory)
+    print(f"rlft: {args.directory}: {policy.num_parameters():,} parameters in {args.dtype}")
+    return 0

@@ -1,0 +1,36 @@
+"""How a command composes its configuration from conf/ and the command line: through Hydra, with errors as ours."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from rlft.paths import conf_directory
+
+
+def compose_and_call(job: Callable[[DictConfig], None], *, config_name: str, arguments: list[str]) -> int:
+    """Call `job` with conf/<config_name>.yaml under the overrides in `arguments`; once for each job of a sweep.
+
+    Hydra's own flags work (--help, --cfg job, -m, --config-dir, …). Returns the exit code that the job ended with, by
+    SystemExit. Raises `ConfigError` where the configuration cannot be composed.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, in place of printing and exit code 1
+    main = hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name=config_name)(job)
+    before, sys.argv = sys.argv, [sys.argv[0], *arguments]  # where Hydra reads them
+    try:
+        main()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except (HydraException, OmegaConfBaseException) as error:
+        from rlft.config import composition_error
+
+        raise composition_error(error) from error
+    finally:
+        sys.argv = before
+    return 0

@@ -1,0 +1,64 @@
+"""rlft report: finished runs to a table, samples and a picture.
+
+RUNS are run directories, or directories that hold some; runs of the same `name` are seeds of one setting.
+Writes DIRECTORY/results.md, curves.png where the runs have the reward, and training.png with --train.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rlft.cli.parser import Parser
+from rlft.errors import ConfigError
+
+METRICS = (
+    "eval/reward",
+    "eval/reward_std",
+    "eval/kl_completion",
+    "eval/distinct_2",
+    "eval/reference_perplexity",
+    "eval/completions/mean_length",
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    report = Parser(
+        "report",
+        __doc__,
+        examples=("rlft report outputs/grpo --out report", "rlft report outputs --out report --samples 2 --train kl"),
+    )
+    report.add_argument("runs", nargs="+", type=Path)
+    report.add_argument("--out", type=Path, required=True, help="directory of results.md and curves.png")
+    report.add_argument("--metrics", nargs="+", help="columns of the table, as in summary.json")
+    report.add_argument("--reward", help="the metric that is drawn; eval/reward where the runs have it")
+    report.add_argument("--samples", type=int, default=0, help="held-out samples before and after, for each name")
+    report.add_argument("--at-kl", nargs="+", type=float, default=[], help="columns: the reward at so many nats of KL")
+    report.add_argument("--train", nargs="+", default=[], help="metrics of metrics.jsonl to draw over training")
+    return report
+
+
+def run(arguments: list[str]) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        from rlft.report import curves, table
+        from rlft.report.runs import read_groups
+    except ImportError as error:
+        raise ConfigError(f"{error}: pip install 'rlft[plots]'") from error
+    groups = read_groups(args.runs)
+    known = [metric for runs in groups.values() for run in runs for metric in run.summary["evaluation"]["after"]]
+    reward = args.reward or (table.REWARD if table.REWARD in known else None)
+    shown = args.metrics or [metric for metric in METRICS if metric in known] or sorted(set(known))
+    columns = list(dict.fromkeys([*([reward] if reward else []), *shown]))
+    parts = [table.results(groups, columns, reward=reward or table.REWARD, kls=args.at_kl)]
+    parts.append(table.provenance(groups))
+    if args.samples:
+        parts.append(table.samples(groups, args.samples))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.md").write_text("\n\n".join(parts) + "\n")
+    if reward:
+        curves.draw(groups, args.out / "curves.png", reward=reward)
+    if args.train:
+        curves.draw_training(groups, args.out / "training.png", args.train)
+    print("\n\n".join(parts[:2]))
+    return 0

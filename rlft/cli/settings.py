@@ -1,0 +1,56 @@
+"""Settings of a run, changed by a command line: `rlft eval RUN eval_prompts=64 reward=length`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rlft.config import GIVEN, RootConfig, RootSettings, checked, composition_error
+from rlft.errors import ConfigError, nearest
+from rlft.paths import conf_directory
+
+
+def changed(run: RootConfig | None, overrides: list[str]) -> RootConfig:
+    """Return a run's settings, or the defaults where it is None, under the overrides of a command line.
+
+    An override is a group's choice (reward=length), a root setting, or a dotted key of a group. A group's key that has
+    the name of a root setting (algo.eval_prompts) is that setting, as everywhere in conf/, and follows it.
+
+    Raises `ConfigError` for anything else, and for what `rlft.config.checked` refuses.
+    """
+    try:
+        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            if run is None:
+                return checked(compose("train", overrides=["name=eval", *overrides]))
+            values: Any = OmegaConf.create(asdict(run))
+            OmegaConf.set_struct(values, True)
+            for override in OverridesParser.create().parse_overrides(overrides):
+                _change(values, override)
+            return checked(values)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise composition_error(error) from error
+
+
+def _change(values: DictConfig, override: Any) -> None:
+    key, roots = override.key_or_group, [field.name for field in fields(RootSettings)]
+    if override.is_sweep_override() or override.is_add() or override.is_delete() or "/" in key:
+        raise ConfigError(f"{override.input_line}: a setting is changed by KEY=VALUE, or a whole group by GROUP=NAME")
+    if key in GIVEN:
+        values[key] = compose("train", overrides=[override.input_line])[key]
+        return
+    group, _, inner = key.rpartition(".")
+    node: Any = OmegaConf.select(values, group) if group else values
+    known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    if inner not in known:
+        raise ConfigError(f"unknown setting '{key}'{nearest(inner, known)}; allowed here: {', '.join(known) or 'none'}")
+    node[inner] = override.value()
+    if key in roots:
+        for group in GIVEN:
+            if isinstance(values[group], DictConfig) and key in values[group]:
+                values[group][key] = override.value()

@@ -1,0 +1,77 @@
+"""rlft train: one run, or with -m a sweep of runs, each a process of its own (settings: conf/train.yaml, --help)."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from rlft.cli.hydra_main import compose_and_call
+
+PLACES = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")  # flags that say where YAML files are
+
+
+def run(arguments: list[str]) -> int:
+    def job(config: DictConfig) -> None:
+        overrides = list(HydraConfig.get().overrides.task)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            code = sweep_job([*places(arguments), *overrides], given=arguments)
+        else:
+            code = one_run(config, overrides)
+        if code:
+            raise SystemExit(code)
+
+    return compose_and_call(job, config_name="train", arguments=arguments)
+
+
+def one_run(config: DictConfig, overrides: list[str]) -> int:
+    from rlft.config import checked
+
+    settings = checked(config)  # before anything heavy is imported
+    from rlft.run import run
+
+    # An experiment file may set anything; other overrides set the root setting or the group that they begin with.
+    names = {re.split(r"[.=/@]", override.lstrip("+~"), maxsplit=1)[0] for override in overrides}
+    return run(settings, None if "experiment" in names else names)
+
+
+def sweep_job(arguments: list[str], *, given: list[str]) -> int:
+    """Run one job of a sweep in a fresh process: no memory and no random state leaks from one to the next.
+
+    SIGTERM and SIGINT are handed on, so that the job saves its checkpoint; its exit code is returned. `given` is what
+    this process was started with.
+    """
+    job = subprocess.Popen([*_this_command(given), *arguments], start_new_session=True)
+    before = {
+        number: signal.signal(number, lambda received, frame: job.send_signal(received))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        code = job.wait()
+        return code if code >= 0 else 128 - code  # a job that a signal killed, as a shell says it
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _this_command(given: list[str]) -> list[str]:
+    """Return how this process was started, without its settings: python train.py, rlft train, python -m rlft train."""
+    start = len(sys.orig_argv) - len(given)
+    if sys.orig_argv[start:] == given:
+        return [sys.executable, *sys.orig_argv[1:start]]
+    return [sys.executable, "-m", "rlft", "train"]  # another program runs this one as a part of itself
+
+
+def places(arguments: list[str]) -> list[str]:
+    """Return what says where a sweep's YAML files are: --config-dir, --config-path, --config-name, hydra.searchpath."""
+    kept = []
+    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = flag.partition("=")
+        if name in PLACES:
+            kept += [name, value or following]
+    return kept + [a for a in arguments if a.startswith("hydra.searchpath=")]  # flags come before overrides

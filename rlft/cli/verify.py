@@ -1,0 +1,58 @@
+"""rlft verify: check every online algorithm against exact answers; exit code 1 when one of them is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rlft.cli.parser import Parser
+from rlft.errors import ConfigError
+
+EXIT_WRONG = 1
+WIDTH = 150  # of the table, where standard output is no terminal
+
+
+def parser() -> argparse.ArgumentParser:
+    verify = Parser("verify", __doc__, examples=("rlft verify", "rlft verify --only grpo kl --out outputs/verify"))
+    verify.add_argument(
+        "--out", type=Path, default=Path("outputs/verify"), help="directory of verify.md, verify.json, frontier.png"
+    )
+    verify.add_argument("--only", nargs="+", default=[], metavar="NAME", help="algorithms (grpo), or parts (kl)")
+    return verify
+
+
+def run(arguments: list[str]) -> int:
+    args = parser().parse_args(arguments)
+    return _verify(args.out, args.only)
+
+
+def _verify(out: Path, only: list[str]) -> int:
+    import torch
+    from rich.console import Console
+
+    try:
+        from rlft.verify import report
+    except ImportError as error:
+        raise ConfigError(f"{error}: pip install 'rlft[plots]'") from error
+    from rlft.verify.run import verify
+
+    torch.set_num_threads(1)  # tables are tiny: threads would wait for each other
+    console, started = Console(width=None if sys.stdout.isatty() else WIDTH), time.perf_counter()
+    with console.status("verifying") as status:
+        findings = verify(only, started=lambda name: status.update(f"verifying {name}"))
+    seconds = time.perf_counter() - started
+    console.print(report.table(findings.rows))
+    out.mkdir(parents=True, exist_ok=True)
+    report.write_json(findings.rows, findings.trained, out / "verify.json", seconds=seconds)
+    report.write_markdown(findings.rows, out / "verify.md", seconds=seconds)
+    written = f"{out / 'verify.md'}, {out / 'verify.json'}"
+    if findings.trained:
+        report.draw(findings.trained, out / "frontier.png")
+        written += f", {out / 'frontier.png'}"
+    wrong = [row for row in findings.rows if not row.is_right]
+    console.print(f"{len(findings.rows) - len(wrong)} of {len(findings.rows)} rows pass, {seconds:.0f} s; {written}")
+    for row in wrong:
+        print(f"rlft: {row.algorithm}: {row.claim}: measured {row.measured:.6g}", file=sys.stderr)
+    return EXIT_WRONG if wrong else 0

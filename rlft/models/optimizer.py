@@ -1,0 +1,32 @@
+"""torch's AdamW, without torch's compiler.
+
+torch wraps an optimizer's methods so that torch.compile leaves them alone, and the wrappers import the compiler at
+their first call: more than a second of every start, for code that nothing here uses.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_Base = torch.optim.AdamW
+
+
+def _inner(method: Callable[..., Any]) -> Any:
+    return inspect.unwrap(method)
+
+
+class AdamW(_Base):
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), the same as torch.optim.AdamW in all that it computes."""
+
+    add_param_group = _inner(_Base.add_param_group)
+    load_state_dict = _inner(_Base.load_state_dict)
+    state_dict = _inner(_Base.state_dict)
+    zero_grad = _inner(_Base.zero_grad)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
+        return _inner(_Base.step)(self, closure)

@@ -1,0 +1,105 @@
+"""rlft eval and rlft export on a run of two steps: the run's own numbers again, others beside them, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlft import cli
+from rlft.cli.policies import named_policy
+
+SETTINGS = [
+    "model=gpt2_scratch", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.n_positions=32",
+    "model.tokenizer.vocab_size=260", "data=jsonl", "data.source.validation=0.3", "algo=grpo",
+    "tracker=none", "hardware=cpu", "hardware.num_threads=1", "steps=2", "prompts_per_step=2", "group_size=4",
+    "max_new_tokens=6", "eval_prompts=6", "learning_rate=1e-1", "log_every=100",
+    "reward=keyword", "reward.keyword.keywords=[a,b,c,d,e,f,g,h,i,j,k,l,m]", "reward.keyword.whole_words=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("evaluated")
+    (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"film {i}"}) + "\n" for i in range(40)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLFT_CACHE", str(directory / "cache"))
+        path = f"data.source.path={directory / 'prompts.jsonl'}"
+        assert cli.main(["train", *SETTINGS, path, f"run_dir={directory / 'run'}"]) == 0
+        yield directory / "run"
+
+
+def evaluated(out: Path, *arguments: str) -> list[dict]:
+    assert cli.main(["eval", *arguments, "--out", str(out)]) == 0
+    return json.loads((out / "eval.json").read_text())["policies"]
+
+
+def test_a_runs_evaluation_is_the_one_that_it_ended_with(run_dir, tmp_path):
+    (found,) = evaluated(tmp_path, str(run_dir))
+    after = json.loads((run_dir / "summary.json").read_text())["evaluation"]["after"]
+    # The exported policy is the trained one: the same numbers, the KL to the untrained policy among them.
+    assert found["metrics"] == pytest.approx(after, rel=1e-6)
+    assert after["eval/kl_completion"] > 0.01
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    rewards = [sample["reward"] for sample in samples]
+    assert found["reward_interval"] == pytest.approx(1.96 * statistics.stdev(rewards) / len(rewards) ** 0.5, rel=1e-4)
+
+
+def test_policies_stand_side_by_side_with_the_difference_on_the_same_prompts(run_dir, tmp_path, capsys):
+    checkpoint = run_dir / "checkpoints" / "step_00000002"
+    model = run_dir / "model"
+    first, same, bare = evaluated(tmp_path, str(run_dir), str(checkpoint), str(model), "eval_prompts=5")
+    assert first["metrics"] == pytest.approx(same["metrics"], rel=1e-6)
+    assert same["difference"] == {"mean": 0.0, "interval": 0.0, "prompts": 5}
+    assert bare["metrics"]["eval/reward"] == pytest.approx(first["metrics"]["eval/reward"], rel=1e-6)
+    assert "eval/kl" not in bare["metrics"]  # a model of elsewhere has no policy that it began as
+    table = (tmp_path / "eval.md").read_text().splitlines()
+    assert table[0] == f"|  | {run_dir} | {checkpoint} | {model} |"
+    assert any(line.startswith("| difference to the first | – | +0.0000 ± 0.0000 |") for line in table)
+    assert "eval/reward" in capsys.readouterr().out
+
+
+def test_settings_change_what_is_measured_and_a_root_setting_reaches_its_group(run_dir, tmp_path):
+    (found,) = evaluated(tmp_path, str(run_dir), "reward=[length]", "reward.length.min_tokens=8", "eval_prompts=3")
+    assert found["metrics"]["eval/rewards/length/mean"] == pytest.approx(-0.1)  # 0.05 for each of two tokens too few
+    assert "eval/rewards/keyword/mean" not in found["metrics"]
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("eval_promts=3", "unknown setting 'eval_promts' (did you mean 'eval_prompts'?)"),
+        ("reward.keyword.keyword=1", "unknown setting 'reward.keyword.keyword'"),
+        ("reward=legnth", "did you mean 'length'"),
+        ("eval_prompts=0", "eval_prompts=0 must be at least 1"),
+        ("temperature=0", "temperature=0.0 must be above 0"),
+        ("seed=1,2", "KEY=VALUE"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(run_dir, setting, message, capsys):
+    assert cli.main(["eval", str(run_dir), setting]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_run_without_a_checkpoint_says_how_to_go_on(run_dir, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
+    assert cli.main(["eval", str(tmp_path)]) == 2
+    assert "a run without a checkpoint so far" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_writes_what_auto_model_loads(run_dir, tmp_path, dtype):
+    assert cli.main(["export", str(run_dir), str(tmp_path / "out"), "--dtype", dtype]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    policy, tokenizer = named_policy(str(run_dir)).load()
+    ids = torch.tensor([tokenizer.encode("film 3")])
+    expected = policy.to(getattr(torch, dtype))(ids) @ policy.head_weight.t()
+    assert model.dtype == getattr(torch, dtype)
+    # Both compute in dtype, in another order of operations: 8 bits of mantissa in bfloat16.
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5 if dtype == "float32" else 0.05)
