@@ -185,4 +185,4 @@ def _parts(node: dict) -> functools.partial:
             if isinstance(cause, RlftError):
                 raise cause from error
             cause = cause.__cause__
-        raise ConfigError(f"{node.get('_target_')}: {error}") from error
+        raise ConfigError(f"{node.get('_target_')}: {' '.join(str(error).split())}") from error

@@ -14,10 +14,11 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -92,7 +93,8 @@ GIVEN = {
 NODE = object()  # stands for the type of what is made from a node with a _target_: an object of ours, or a function
 # What rlft/build.py itself reads of a group's YAML, and its type.
 READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
-_HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+_HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
+_NO_CHOICE = re.compile(rf"\+*({'|'.join(GIVEN)}|experiment|hydra|[\w/]+/\w+|)=(-?[\d.]+|null|true|false|\[.*\])$")
 LARGEST = 2**63 - 1  # a whole number in a tensor, or a key of a random draw
 
 
@@ -168,9 +170,12 @@ def missing_keys(node: Any, prefix: str = "") -> list[str]:
     return [key for name, part in node.items() for key in missing_keys(part, f"{prefix}.{name}" if prefix else name)]
 
 
-def composition_error(error: Exception) -> ConfigError:
-    """Return Hydra's complaint about an override as an error of ours, with the nearest name that there is."""
+def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> ConfigError:
+    """Return Hydra's complaint about one of the overrides as an error of ours, with the nearest name that there is."""
     text = " ".join(str(error).split())
+    is_foreign = not isinstance(error, (HydraException, OmegaConfBaseException))
+    if is_foreign and (groups := [one for one in overrides if _NO_CHOICE.match(one)]):  # Hydra does not say which
+        return ConfigError(f"{groups[0]}: a group is given the name of a file under conf/, as algo=grpo is ({text})")
     if isinstance(error, OverrideParseException):
         return ConfigError(f"{error.override} is not an override: {text}")
     if found := re.search(r"Could not override '([^']+)'", text):
@@ -222,6 +227,10 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
         )
     if "_target_" not in node:
         raise ConfigError(f"{path} has no _target_: choose one of the files under conf/{path.split('.')[0]}/")
+    if "_args_" in node:
+        raise ConfigError(f"{path}._args_ cannot be set: each argument of {node['_target_']} is given by its name")
+    for key in ("_partial_", "_recursive_"):
+        _check_type(f"{path}.{key}", node.get(key, False), bool)
     try:
         target = get_method(node["_target_"])
         parameters = inspect.signature(target).parameters

@@ -108,8 +108,11 @@ def _run_dir(config: RootConfig) -> Path:
         raise ConfigError("resume=true needs run_dir=PATH, the run to go on with")
     base = Path("outputs") / config.name / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-s{config.seed}"
     path, number = base, 2
-    while path.exists():
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    try:
+        while path.exists():
+            path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    except OSError as error:
+        raise RunDirectoryError(f"run_dir={path} cannot be written: {error.strerror}") from error
     return path.resolve()
 
 

@@ -75,10 +75,9 @@ def foreign_code(values: Any, *, trusted: Collection[str] = (), path: str = "") 
     through a module into all that it imports (`rlft.models.gpt2.json.loads`).
     """
     if isinstance(values, dict) and "_target_" in values:
-        for key, module in _foreign_keys(values, trusted):
-            yield f"{path}.{key}", values[key], module
-    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in inner:
+        for name, module in _foreign_keys(values, trusted):
+            yield f"{path}.{name}", values[name], module
+    for key, value in _inner(values):
         yield from foreign_code(value, trusted=trusted, path=f"{path}.{key}" if path else str(key))
 
 
@@ -106,9 +105,13 @@ def _check_plain(values: Any, path: str = "") -> None:
         raise ConfigError(f"{path}={values!r} is an interpolation, which the configuration of a run never holds")
     if isinstance(values, dict) and "_args_" in values:
         raise ConfigError(f"{path}._args_ cannot be checked: give the group again on the command line")
-    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in inner:
+    for key, value in _inner(values):
         _check_plain(value, f"{path}.{key}" if path else str(key))
+
+
+def _inner(values: Any) -> list[tuple[Any, Any]]:
+    """Return what a dict or a list holds, with its keys or places."""
+    return list(values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ())
 
 
 def _is_part(target: Any) -> bool:

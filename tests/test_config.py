@@ -276,7 +276,7 @@ def test_an_algorithms_size_out_of_range_is_refused_with_what_is_allowed(algo, n
         checked(with_value(chosen(algo), f"algo.{name}", value))
 
 
-@pytest.mark.parametrize("key", ["algo.samples_per_step", "algo.resample_zero_std", "algo.top_k", "algo.value_clip"])
+@pytest.mark.parametrize("key", ["algo.samples_per_step", "algo.resample_zero_std", "algo.top_k", "algo.value_coef"])
 def test_a_setting_whose_zero_is_off_may_be_zero_and_not_less(key):
     checked(with_value(defaults(), key, 0))
     with pytest.raises(ConfigError, match=rf"^{re.escape(key)}=-1 must be at least 0$"):
@@ -321,6 +321,16 @@ def test_a_group_or_a_part_that_is_given_a_plain_value_is_refused(group, value):
 @pytest.mark.parametrize("value", [1, 0, "yes", None])
 def test_a_switch_is_true_or_false_and_nothing_else(key, value):
     with pytest.raises(ConfigError, match=rf"^{key}="):
+        checked(with_value(defaults(), key, value))
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("algo.kl._args_", [1], r"algo\.kl\._args_ cannot be set: each argument of .* is given by its name"),
+    ("tracker._args_", 3, r"tracker\._args_ cannot be set"),
+    ("algo.kl._partial_", 3, r"algo\.kl\._partial_=3 is a int; bool is allowed"),
+])  # fmt: skip
+def test_hydras_own_keys_cannot_pass_what_the_check_does_not_see(key, value, message):
+    with pytest.raises(ConfigError, match=message):
         checked(with_value(defaults(), key, value))
 
 

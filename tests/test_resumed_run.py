@@ -86,7 +86,7 @@ def test_a_run_that_was_killed_before_its_summary_writes_the_same_one(work, name
 def test_resuming_runs_no_code_that_a_run_directory_names_but_does_with_its_module_trusted(
     work, whole, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "mine.py").write_text("raise SystemExit('mine was run')")
+    (tmp_path / "mine.py").write_text("raise SystemExit(99)")
     monkeypatch.syspath_prepend(str(tmp_path))
     run_dir = shutil.copytree(whole, tmp_path / "run")
     config = (run_dir / "config.yaml").read_text()
@@ -95,7 +95,7 @@ def test_resuming_runs_no_code_that_a_run_directory_names_but_does_with_its_modu
     line = last_line(capsys.readouterr().err)
     assert "config.yaml: tracker._target_=mine.Tracker is code that is not rlft's" in line
     assert "trusted_modules=[mine]" in line
-    assert run_here(f"run_dir={run_dir}", "resume=true", f"trusted_modules=[mine,{work.reward}]") == "mine was run"
+    assert run_here(f"run_dir={run_dir}", "resume=true", f"trusted_modules=[mine,{work.reward}]") == 99
     assert run_here(f"run_dir={run_dir}", "resume=true", work.trust, "tracker=none") == 0
 
 

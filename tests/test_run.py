@@ -180,6 +180,12 @@ def test_a_directory_that_another_process_works_in_is_refused(work, tmp_path):
     ("stepss=3", "unknown setting 'stepss' (did you mean 'steps'?)"),  # these three are refused by Hydra
     ("algo=grppo", "algo=grppo does not exist (did you mean 'grpo'?)"),
     ("steps=[1", "steps=[1"),
+    ("algo=0", "algo=0: a group is given the name of a file"),  # these Hydra meets with errors of Python's
+    ("reward=[0]", "reward=[0]: a group is given the name of a file"),
+    ("model=null", "model=null: a group is given the name of a file"),
+    ("algo/kl=3", "algo/kl=3: a group is given the name of a file"),
+    ("=3", "=3: a group is given the name of a file"),
+    ("hydra.run.dir=/proc/x", "/proc/x"),
     ("max_new_tokens=64", "max_new_tokens=64 do not fit the model's context of 32"),
 ])  # fmt: skip
 def test_a_wrong_setting_ends_with_2_and_its_key_on_the_last_line(work, tmp_path, monkeypatch, capsys, override, key):
@@ -188,6 +194,15 @@ def test_a_wrong_setting_ends_with_2_and_its_key_on_the_last_line(work, tmp_path
     line = last_line(capsys.readouterr().err)
     assert line.startswith("rlft: ConfigError: ") and key in line
     assert list(tmp_path.rglob("config.yaml")) == []
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_name_that_no_directory_can_have_ends_with_7_and_the_reason(work, tmp_path, monkeypatch, capsys, is_first):
+    monkeypatch.chdir(tmp_path)
+    if not is_first:
+        (tmp_path / "outputs").mkdir()
+    assert work.here("name=" + "x" * 300) == 7
+    assert last_line(capsys.readouterr().err).endswith("cannot be written: File name too long")
 
 
 def test_a_bad_data_row_ends_with_3_and_its_line_and_leaves_the_directory_free(work, tmp_path, capsys):

@@ -69,7 +69,7 @@ class Denoise(Algorithm):
         rows_per_step: Size,
         eval_blocks: Size | None,
         eval_levels: Size,
-        sample_rounds: int,
+        sample_rounds: Size,
         sample_order: str,
         seed: int,
         device: torch.device,

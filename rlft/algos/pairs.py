@@ -91,3 +91,9 @@ def check_pair_loss(function: Callable[..., Any], *, beta: float, has_reference:
             f"algo.loss={name} compares the policy with a reference: set reference=initial, or take algo=simpo or "
             f"algo=orpo, which need none"
         )
+    ones = torch.ones(1)  # called once, so that a setting outside its range is refused here and not at the first batch
+    names = ("chosen", "rejected", "chosen_lengths", "rejected_lengths", "ref_chosen", "ref_rejected")
+    try:
+        call(function, beta=beta, **dict.fromkeys(names, ones))
+    except ValueError as error:
+        raise ConfigError(f"algo.loss: {error}") from error

@@ -23,7 +23,7 @@ from rlft.algos.parts import Stateful, call, parameters
 from rlft.algos.reference import FrozenSide
 from rlft.algos.rollouts import Rollouts, Sampled, target_ids
 from rlft.algos.scoring import add_rollout, sample_rows
-from rlft.core.ranges import Count, CountOrZero, NonNegative, Size, SizeOrZero
+from rlft.core.ranges import Count, CountOrZero, NonNegative, Positive, Size, SizeOrZero
 from rlft.counted import order
 from rlft.data.kinds import Kind
 from rlft.data.prompts import PromptData
@@ -96,7 +96,7 @@ class PolicyGradient(Algorithm):
         kl: KLPenalty,
         critic: Callable[[CausalLM], Head] | None,
         value_coef: NonNegative,
-        value_clip: NonNegative,
+        value_clip: Positive,
         whiten_advantages: bool,
         entropy_coef: float,
         entropy_decay_batches: Count | None,

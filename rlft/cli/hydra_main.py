@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -21,16 +22,27 @@ def compose_and_call(job: Callable[[DictConfig], None], *, config_name: str, arg
     SystemExit. Raises `ConfigError` where the configuration cannot be composed.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, in place of printing and exit code 1
-    main = hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name=config_name)(job)
+    is_composed = False
+
+    @functools.wraps(job)
+    def begun(config: DictConfig) -> None:
+        nonlocal is_composed
+        is_composed = True
+        job(config)
+        is_composed = False  # a sweep composes its next job
+
+    main = hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name=config_name)(begun)
     before, sys.argv = sys.argv, [sys.argv[0], *arguments]  # where Hydra reads them
     try:
         main()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except (HydraException, OmegaConfBaseException) as error:
-        from rlft.config import composition_error
+    except Exception as error:
+        if is_composed and not isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise
+        from rlft.config import composition_error  # Hydra meets a strange override with errors of every kind
 
-        raise composition_error(error) from error
+        raise composition_error(error, overrides=arguments) from error
     finally:
         sys.argv = before
     return 0

@@ -27,7 +27,7 @@ def changed(run: RootConfig | None, overrides: list[str]) -> RootConfig:
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
             if run is None:
-                return checked(compose("train", overrides=["name=eval", *overrides]))
+                return checked(_composed(["name=eval", *overrides]))
             values: Any = OmegaConf.create(asdict(run))
             OmegaConf.set_struct(values, True)
             for override in OverridesParser.create().parse_overrides(overrides):
@@ -37,12 +37,19 @@ def changed(run: RootConfig | None, overrides: list[str]) -> RootConfig:
         raise composition_error(error) from error
 
 
+def _composed(overrides: list[str]) -> DictConfig:
+    try:
+        return compose("train", overrides=overrides)
+    except (ValueError, TypeError) as error:  # how Hydra meets a group that is given a number
+        raise composition_error(error, overrides=overrides) from error
+
+
 def _change(values: DictConfig, override: Any) -> None:
     key, roots = override.key_or_group, [field.name for field in fields(RootSettings)]
     if override.is_sweep_override() or override.is_add() or override.is_delete() or "/" in key:
         raise ConfigError(f"{override.input_line}: a setting is changed by KEY=VALUE, or a whole group by GROUP=NAME")
     if key in GIVEN:
-        values[key] = compose("train", overrides=[override.input_line])[key]
+        values[key] = _composed([override.input_line])[key]
         return
     group, _, inner = key.rpartition(".")
     node: Any = OmegaConf.select(values, group) if group else values

@@ -206,6 +206,8 @@ def test_ranks_share_the_pairs_of_a_step():
         ("dpo", (), {"reference": None}, "algo.loss=dpo compares the policy with a reference: set reference=initial"),
         ("ipo", (), {"reference": None}, "algo.loss=ipo compares"),
         ("dpo", ("algo.beta=0",), {}, "algo.beta=0 must be above 0"),
+        ("dpo", ("algo.loss.label_smoothing=0.5",), {}, r"algo\.loss: label_smoothing must be in \[0, 0\.5\)"),
+        ("simpo", ("algo.loss.gamma=-1",), {}, r"algo\.loss: gamma must be at least 0"),
         ("dpo", ("+algo.loss.beta=0.1",), {}, "algo.loss.beta is set by algo.beta"),
         ("ipo", ("algo.loss._target_=rlft.functional.preference.kto",), {}, "algo.loss=kto is no loss on pairs"),
         ("dpo", ("algo.pairs_per_step=0",), {}, "algo.pairs_per_step=0 must be at least 1"),

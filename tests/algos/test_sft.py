@@ -121,3 +121,17 @@ def test_plan_says_the_tokens_of_a_step(algorithm):
 
 def test_lower_loss_is_better(algorithm):
     assert algorithm.objective == ("eval/loss", "min")
+
+
+def test_blocks_longer_than_the_context_and_a_batch_without_a_row_are_refused():
+    policy = tiny(n_positions=8)
+    whole, longer = (
+        FixedText(random_blocks(9, size + 1, seed=0), random_blocks(3, size + 1, seed=1)) for size in (8, 9)
+    )
+    sft(policy, whole).evaluate()
+    with pytest.raises(ConfigError, match=r"data\.block_size=9 must be at most 8, the model's context"):
+        sft(policy, longer)
+    with pytest.raises(ConfigError, match=r"algo\.rows_per_step=0 must be at least 1"):
+        sft(policy, whole, rows_per_step=0)
+    with pytest.raises(ConfigError, match=r"algo\.rows_per_step=3 must be .* a multiple of the 2 processes"):
+        SFT.check(has_reference=False, world_size=2, rows_per_step=3)

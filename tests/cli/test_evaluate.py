@@ -79,6 +79,7 @@ def test_settings_change_what_is_measured_and_a_root_setting_reaches_its_group(r
         ("eval_prompts=0", "eval_prompts=0 must be at least 1"),
         ("temperature=0", "temperature=0.0 must be above 0"),
         ("seed=1,2", "KEY=VALUE"),
+        ("reward=3", "reward=3: a group is given the name of a file"),
     ],
 )
 def test_a_wrong_setting_is_one_line(run_dir, setting, message, capsys):
