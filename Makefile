@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 # A worker for each processor, one thread each: threads of tiny models would wait for each other.
-WORKERS := -n logical --maxprocesses 8
+WORKERS := -n logical --maxprocesses 8 --dist worksteal
 
 .PHONY: train train_smoke train_quick train_full test test_slow test_machines test_python test_lowest test_newest check \
 	tensorboard experiments verify bench clean
@@ -46,7 +46,7 @@ test_python:                 ## PYTHON=/path/to/python3.13: the suite in an envi
 	$(MAKE) test PYTHON=$(PYTHON) VENV=.venv-$(notdir $(PYTHON))
 
 test_lowest test_newest:     ## the versions that pyproject.toml allows, or the index has; KEEP=torch==2.13.0 stays
-	$(PYTHON) tests/versions.py $(@:test_%=%) $(if $(KEEP),--keep $(KEEP))
+	$(PYTHON) -m tests.versions $(@:test_%=%) $(if $(KEEP),--keep $(KEEP))
 
 check: $(INSTALLED)          ## lint and types; that every configuration composes is tests/test_config.py, in make test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

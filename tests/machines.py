@@ -11,7 +11,6 @@ outputs/machines/NAME.log. tests/README.md says which tests compare bits, and wh
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ COMPILED = (
     "trainer/test_fast_paths.py", "trainer/test_resume.py",
 )  # fmt: skip
 THREADED = (*ARITHMETIC, "test_compiled.py")
+WORKERS = ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]  # as in the Makefile
 NARROW = "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt"  # a processor without AVX-512
 WITHOUT_NUMBA = os.pathsep.join([str(ROOT / "tests" / "without_numba"), os.environ.get("PYTHONPATH", "")])
 
@@ -83,9 +83,8 @@ def is_right(name: str, setting: Setting) -> bool:
     if setting.proof:
         subprocess.run([sys.executable, "-c", setting.proof], cwd=ROOT, env=environment, check=True)
     parts = [str(Path("tests") / part) for part in setting.parts]
-    workers = ["-n", "logical", "--maxprocesses", "8"] if importlib.util.find_spec("xdist") else []
     with log.open("w") as file:
-        command = [sys.executable, "-m", "pytest", "-q", *workers, *parts]
+        command = [sys.executable, "-m", "pytest", "-q", *WORKERS, *parts]
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
     said = " ".join(f"{key}={value}" for key, value in setting.variables.items())
     last = (log.read_text().splitlines() or ["no output"])[-1].strip("= ")

@@ -1,7 +1,7 @@
 """Run the default suite with the lowest versions that pyproject.toml allows, or with the newest on the index.
 
-    python tests/versions.py lowest                           in a new environment, .venv-lowest
-    python tests/versions.py newest --keep torch==2.13.0      with this version of that whatever the rule says
+    python -m tests.versions lowest                           in a new environment, .venv-lowest
+    python -m tests.versions newest --keep torch==2.13.0      with this version of that whatever the rule says
 
 Direct dependencies follow the rule, those of all extras among them; theirs are what pip finds. `--keep` is for a
 machine that has one build of a package: torch's on the index bring gigabytes for GPUs.
@@ -16,9 +16,9 @@ import sys
 import tomllib
 import venv
 from collections.abc import Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.machines import ROOT, WORKERS
+
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(?P<extras>\[[^]]*\])?(?P<bounds>.*)")
 
 
@@ -58,8 +58,7 @@ def main() -> int:
     subprocess.run([*run, "pip", "install", "-q", *wanted], cwd=ROOT, check=True)
     subprocess.run([*run, "pip", "install", "-q", "--no-deps", "-e", "."], cwd=ROOT, check=True)
     subprocess.run([*run, "pip", "check"], cwd=ROOT, check=False)  # says what does not go together, and goes on
-    workers = ["-n", "logical", "--maxprocesses", "8"]
-    return subprocess.run([*run, "pytest", "-q", *workers, *given.parts], cwd=ROOT, check=False).returncode
+    return subprocess.run([*run, "pytest", "-q", *WORKERS, *given.parts], cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":
