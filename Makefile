@@ -4,6 +4,9 @@ PYTHON ?= $(shell for v in 3.13 3.12 3.11; do command -v python$$v >/dev/null 2>
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.tested
+# Installed first, so that pip takes a wheel for CPUs where the machine has one. A newer one: make TORCH='torch<2.15'
+TORCH ?= torch>=2.8,<2.14
 
 .PHONY: train train_smoke train_quick train_full test test_slow check tensorboard experiments verify bench clean
 
@@ -25,16 +28,16 @@ experiments: $(INSTALLED)    ## the tables and pictures under experiments/: thre
 verify: $(INSTALLED)         ## every online algorithm against exact answers; the pages under docs/verify
 	$(RUN) -m rlft verify --out docs/verify
 
-bench: $(INSTALLED)          ## beside the peers: benchmarks/results.md; TRL_PYTHON and PPO_PYTHON are theirs
+bench: $(TESTED)             ## beside the peers: benchmarks/results.md; TRL_PYTHON and PPO_PYTHON are theirs
 	$(RUN) -m benchmarks.versus --trl $(or $(TRL_PYTHON),$(RUN)) $(if $(PPO_PYTHON),--ppo $(PPO_PYTHON))
 
-test: $(INSTALLED)
+test: $(TESTED)
 	$(RUN) -m pytest -q
 
-test_slow: $(INSTALLED)
+test_slow: $(TESTED)
 	$(RUN) -m pytest -q -m slow
 
-check: $(INSTALLED)          ## lint, types, and every configuration composes
+check: $(TESTED)             ## lint, types, and every configuration composes
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest -q tests/test_config.py
@@ -50,6 +53,11 @@ $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "rlft needs Python 3.11, 3.12 or 3.13; give one: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q --upgrade pip
-	$(RUN) -m pip install -q -e '.[all,dev]'
+	$(RUN) -m pip install -q '$(TORCH)'
+	$(RUN) -m pip install -q -e '.[all]'
+	@touch $@
+
+$(TESTED): $(INSTALLED)
+	$(RUN) -m pip install -q -e '.[dev]'
 	$(RUN) -m pip install -q --no-deps liger-kernel==0.8.5 trl==1.16.0 || echo "tests skip what they compare with these"
 	@touch $@
