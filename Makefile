@@ -5,6 +5,9 @@ PYTHON ?= $(shell for v in 3.13 3.12 3.11; do command -v python$$v >/dev/null 2>
 VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+TESTED := $(VENV)/.tested
+# Installed first, so that pip takes a wheel for CPUs where the machine has one. A newer one: make TORCH='torch<2.15'
+TORCH ?= torch>=2.8,<2.14
 
 # A worker for each processor, one thread each: threads of tiny models would wait for each other.
 WORKERS := -n logical --maxprocesses 8 --dist worksteal
@@ -30,16 +33,16 @@ experiments: $(INSTALLED)    ## the tables and pictures under experiments/: thre
 verify: $(INSTALLED)         ## every online algorithm against exact answers; the pages under docs/verify
 	$(RUN) -m rlft verify --out docs/verify
 
-bench: $(INSTALLED)          ## beside the peers: benchmarks/results.md; TRL_PYTHON and PPO_PYTHON are theirs
+bench: $(TESTED)             ## beside the peers: benchmarks/results.md; TRL_PYTHON and PPO_PYTHON are theirs
 	$(RUN) -m benchmarks.versus --trl $(or $(TRL_PYTHON),$(RUN)) $(if $(PPO_PYTHON),--ppo $(PPO_PYTHON))
 
-test: $(INSTALLED)
+test: $(TESTED)
 	$(RUN) -m pytest -q $(WORKERS)
 
-test_slow: $(INSTALLED)      ## minutes a test: what is long and seldom changes
+test_slow: $(TESTED)      ## minutes a test: what is long and seldom changes
 	$(RUN) -m pytest -q -m slow
 
-test_machines: $(INSTALLED)  ## a line for each setting of another machine; ONLY="threads_3 order" takes these
+test_machines: $(TESTED)  ## a line for each setting of another machine; ONLY="threads_3 order" takes these
 	$(RUN) -m tests.machines $(ONLY)
 
 test_python:                 ## PYTHON=/path/to/python3.13: the suite in an environment of its own
@@ -48,7 +51,7 @@ test_python:                 ## PYTHON=/path/to/python3.13: the suite in an envi
 test_lowest test_newest:     ## the versions that pyproject.toml allows, or the index has; KEEP=torch==2.13.0 stays
 	$(PYTHON) -m tests.versions $(@:test_%=%) $(if $(KEEP),--keep $(KEEP))
 
-check: $(INSTALLED)          ## lint and types; that every configuration composes is tests/test_config.py, in make test
+check: $(TESTED)          ## lint and types; that every configuration composes is tests/test_config.py, in make test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
@@ -63,6 +66,11 @@ $(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "rlft needs Python 3.11, 3.12 or 3.13; give one: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q --upgrade pip
-	$(RUN) -m pip install -q -e '.[all,dev]'
+	$(RUN) -m pip install -q '$(TORCH)'
+	$(RUN) -m pip install -q -e '.[all]'
+	@touch $@
+
+$(TESTED): $(INSTALLED)
+	$(RUN) -m pip install -q -e '.[dev]'
 	$(RUN) -m pip install -q --no-deps liger-kernel==0.8.5 trl==1.16.0 || echo "tests skip what they compare with these"
 	@touch $@

@@ -39,9 +39,11 @@ def huggingface(path: str) -> Tokenizer:
 
 def load_errors() -> tuple[type[Exception], ...]:
     """Return what `from_pretrained` of `transformers` raises where there is nothing to load, or no network."""
-    import httpx  # which the hub's client leaves in some of its errors
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return OSError, ValueError, KeyError, ImportError, httpx.HTTPError
+    # The hub's client lets errors of its HTTP library through: httpx, from its release 2 on httpx2.
+    of_http = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    return OSError, ValueError, KeyError, ImportError, of_http
 
 
 def _plain(directory: Path) -> tuple[tokenizers.Tokenizer, str | None] | None:

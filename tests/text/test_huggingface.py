@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer
 
 from rlft.errors import ConfigError
@@ -134,3 +135,14 @@ def test_what_ships_is_saved_as_it_is(tmp_path: Path) -> None:
             name: value for name, value in json.loads((ours / CONFIG).read_text()).items() if "local" not in name
         }.items()
     )  # those say whether the hub was to be asked
+
+
+def test_an_error_of_the_hubs_http_library_is_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_http = next(kind for kind in HfHubHTTPError.__mro__ if kind.__module__.startswith("httpx"))
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise of_http("no route to the hub")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
+    with pytest.raises(ConfigError, match=r"could not be had from the Hugging Face hub .*no route to the hub"):
+        huggingface("gpt2")
