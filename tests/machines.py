@@ -51,7 +51,7 @@ def lanes(number: int) -> str:
 
 
 def threads(number: int) -> Setting:
-    proof = f"import torch; assert torch.get_num_threads() == {number}"
+    proof = f"import tests.conftest, torch; assert torch.get_num_threads() == {number}"
     return Setting({"OMP_NUM_THREADS": str(number)}, THREADED, proof)
 
 
@@ -80,8 +80,9 @@ def is_right(name: str, setting: Setting) -> bool:
     log = ROOT / "outputs" / "machines" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     begin, environment = time.monotonic(), os.environ | setting.variables
-    if setting.proof:
-        subprocess.run([sys.executable, "-c", setting.proof], cwd=ROOT, env=environment, check=True)
+    if setting.proof and subprocess.run([sys.executable, "-c", setting.proof], cwd=ROOT, env=environment).returncode:
+        print(f"{name:<14} FAILED: its variables do not do here what they should")
+        return False
     parts = [str(Path("tests") / part) for part in setting.parts]
     with log.open("w") as file:
         command = [sys.executable, "-m", "pytest", "-q", *WORKERS, *parts]
