@@ -35,8 +35,9 @@ WIDE, MIDDLE, NARROW = ((4, 6), (2, 12), (1, 12)) if HAS_32_REGISTERS else ((2, 
 LONG = 4  # vectors that a single output takes at once
 HIGH = 6  # rows that a product of two activations computes together
 
-_FLOAT, _INT, _INT32, _BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
+_FLOAT, _INT, _INT32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
+_POINTER = ir.PointerType()  # LLVM's pointers do not say to what they point: whoever reads or counts entries says it
 
 
 def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[..., None]:
@@ -58,15 +59,14 @@ def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[.
             x, x_at, num_in, width, apart, address, bias, y, y_at, first, is_residual = arguments
 
             def start(place: int, array: Any, entry: Any) -> Any:
-                made = context.make_array(signature.args[place])(context, builder, array)
-                return builder.gep(made.data, [entry])
+                return _entry(builder, _data(context, builder, signature.args[place], array), entry)
 
             x, bias, y = start(0, x, x_at), start(6, bias, first), start(7, y, y_at)
-            weights = builder.inttoptr(address, _FLOAT.as_pointer())
+            weights = builder.inttoptr(address, _POINTER)
             rows = [builder.mul(builder.add(first, _INT(j)), num_in) for j in range(num_outputs)]
 
             def load(pointer: Any, entry: Any) -> Any:
-                return _load(builder, builder.gep(pointer, [entry]))
+                return _load(builder, _entry(builder, pointer, entry))
 
             def place(j: int, v: int) -> Any:
                 return builder.add(builder.mul(builder.add(first, _INT(j)), width), _INT(v * LANES))
@@ -74,7 +74,7 @@ def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[.
             add = _declared(builder, f"llvm.fmuladd.v{LANES}f32", _VECTOR, [_VECTOR] * 3)
             sums = []
             for j in range(num_outputs):
-                added = _splat(builder, builder.load(builder.gep(bias, [_INT(j)])))
+                added = _splat(builder, _entry(builder, bias, _INT(j)))
                 for v in range(num_vectors):
                     old = builder.select(is_residual, load(y, place(j, v)), ir.Constant(_VECTOR, [0.0] * LANES))
                     sums.append(builder.fadd(added, old))
@@ -84,7 +84,7 @@ def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[.
                 if fetches and count > 1:  # of the next tile's rows, which lie behind this one's
                     for row in rows:
                         ahead = builder.add(builder.add(row, k), builder.mul(num_in, _INT(num_outputs)))
-                        _fetch(builder, builder.gep(weights, [ahead]))
+                        _fetch(builder, _entry(builder, weights, ahead))
                 for i in range(count):
                     now = builder.add(k, _INT(i))
                     inputs = [
@@ -92,7 +92,7 @@ def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[.
                         for v in range(num_vectors)
                     ]
                     for j, row in enumerate(rows):
-                        weight = _splat(builder, builder.load(builder.gep(weights, [builder.add(row, now)])))
+                        weight = _splat(builder, _entry(builder, weights, builder.add(row, now)))
                         for v, value in enumerate(inputs):
                             at = j * num_vectors + v
                             sums[at] = builder.call(add, [weight, value, sums[at]])
@@ -103,7 +103,7 @@ def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[.
             sums = _loop(builder, most, num_in, 1, sums, step)
             for j in range(num_outputs):
                 for v in range(num_vectors):
-                    _store(builder, sums[j * num_vectors + v], builder.gep(y, [place(j, v)]))
+                    _store(builder, sums[j * num_vectors + v], _entry(builder, y, place(j, v)))
             return context.get_dummy_value()
 
         return signature, code
@@ -123,10 +123,10 @@ def _product(num_vectors: int) -> Callable[..., None]:
     def product(typing: Any, a, a_row, a_step, b, b_row, num, c, c_row, is_added):
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             a, a_row, a_step, b, b_row, num, c, c_row, is_added = arguments
-            a, b, c = (builder.inttoptr(address, _FLOAT.as_pointer()) for address in (a, b, c))
-            starts = [builder.gep(a, [builder.mul(a_row, _INT(j))]) for j in range(HIGH)]
+            a, b, c = (builder.inttoptr(address, _POINTER) for address in (a, b, c))
+            starts = [_entry(builder, a, builder.mul(a_row, _INT(j))) for j in range(HIGH)]
             ends = [
-                builder.gep(c, [builder.add(builder.mul(c_row, _INT(j)), _INT(v * LANES))])
+                _entry(builder, c, builder.add(builder.mul(c_row, _INT(j)), _INT(v * LANES)))
                 for j in range(HIGH)
                 for v in range(num_vectors)
             ]
@@ -137,9 +137,9 @@ def _product(num_vectors: int) -> Callable[..., None]:
             def step(k: Any, sums: list[Any], count: int) -> list[Any]:
                 row, at = builder.mul(k, b_row), builder.mul(k, a_step)
                 inputs = [
-                    _load(builder, builder.gep(b, [builder.add(row, _INT(v * LANES))])) for v in range(num_vectors)
+                    _load(builder, _entry(builder, b, builder.add(row, _INT(v * LANES)))) for v in range(num_vectors)
                 ]
-                factors = [_splat(builder, builder.load(builder.gep(start, [at]))) for start in starts]
+                factors = [_splat(builder, _entry(builder, start, at)) for start in starts]
                 pairs = [(factor, value) for factor in factors for value in inputs]
                 return [builder.call(add, [*pair, total]) for pair, total in zip(pairs, sums, strict=True)]
 
@@ -173,27 +173,38 @@ def _loop(
     return carried
 
 
+def _data(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """Return a pointer to an array's first entry."""
+    return builder.inttoptr(_address(context, builder, array_type, array), _POINTER)
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    return builder.ptrtoint(context.make_array(array_type)(context, builder, array).data, _INT)
+
+
+def _entry(builder: Any, pointer: Any, entry: Any, kind: Any = _FLOAT) -> Any:
+    """Return a pointer to one of the entries of this kind that begin at `pointer`."""
+    return builder.gep(pointer, [entry], source_etype=kind)
+
+
 def _load(builder: Any, pointer: Any) -> Any:
-    loaded = builder.load(builder.bitcast(pointer, _VECTOR.as_pointer()))
-    loaded.align = 4
-    return loaded
+    return builder.load(pointer, align=4, typ=_VECTOR)
 
 
 def _store(builder: Any, value: Any, pointer: Any) -> None:
-    builder.store(value, builder.bitcast(pointer, _VECTOR.as_pointer())).align = 4
+    builder.store(value, pointer, align=4)
 
 
-def _splat(builder: Any, value: Any) -> Any:
+def _splat(builder: Any, pointer: Any) -> Any:
+    """Return a vector whose lanes are all the float at `pointer`."""
     empty = ir.Constant(_VECTOR, ir.Undefined)
-    one = builder.insert_element(empty, value, _INT32(0))
+    one = builder.insert_element(empty, builder.load(pointer, typ=_FLOAT), _INT32(0))
     return builder.shuffle_vector(one, empty, ir.Constant(ir.VectorType(_INT32, LANES), [0] * LANES))
 
 
 def _fetch(builder: Any, pointer: Any) -> None:
-    arguments = [_BYTE.as_pointer(), _INT32, _INT32, _INT32]
-    fetch = _declared(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
-    # to read, into the second cache, as data
-    builder.call(fetch, [builder.bitcast(pointer, arguments[0]), _INT32(0), _INT32(2), _INT32(1)])
+    fetch = _declared(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT32, _INT32, _INT32])
+    builder.call(fetch, [pointer, _INT32(0), _INT32(2), _INT32(1)])  # to read, into the second cache, as data
 
 
 def _declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -216,8 +227,8 @@ def transpose(typing: Any, x, x_row, y, y_row):
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_row, y, y_row = arguments
-        x, y = (builder.inttoptr(address, _FLOAT.as_pointer()) for address in (x, y))
-        rows = [_load(builder, builder.gep(x, [builder.mul(x_row, _INT(i))])) for i in range(LANES)]
+        x, y = (builder.inttoptr(address, _POINTER) for address in (x, y))
+        rows = [_load(builder, _entry(builder, x, builder.mul(x_row, _INT(i)))) for i in range(LANES)]
         bit = 1
         while bit < LANES:  # swap this bit of a row's number and of a lane's
             lanes = ir.VectorType(_INT32, LANES)
@@ -229,7 +240,7 @@ def transpose(typing: Any, x, x_row, y, y_row):
                     rows[i], rows[i + bit] = builder.shuffle_vector(*pair, low), builder.shuffle_vector(*pair, high)
             bit *= 2
         for i, row in enumerate(rows):
-            _store(builder, row, builder.gep(y, [builder.mul(y_row, _INT(i))]))
+            _store(builder, row, _entry(builder, y, builder.mul(y_row, _INT(i))))
         return context.get_dummy_value()
 
     return types.void(*(types.int64,) * 4), code
@@ -240,8 +251,7 @@ def address_of(typing: Any, array):
     """Return where an array's first entry is."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        made = context.make_array(signature.args[0])(context, builder, arguments[0])
-        return builder.ptrtoint(made.data, _INT)
+        return _address(context, builder, signature.args[0], arguments[0])
 
     return types.int64(array), code
 
@@ -252,8 +262,8 @@ def add_atomically(typing: Any, array, entry, value):
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, entry, value = arguments
-        data = context.make_array(signature.args[0])(context, builder, array).data
-        return builder.atomic_rmw("add", builder.gep(data, [entry]), value, "seq_cst")
+        place = _entry(builder, _data(context, builder, signature.args[0], array), entry, _INT)
+        return builder.atomic_rmw("add", place, value, "seq_cst")
 
     return types.int64(array, types.int64, types.int64), code
 
@@ -263,8 +273,9 @@ def read_atomically(typing: Any, array, entry):
     """Return an entry of an int64 array, as another thread may have left it just now."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.load_atomic(builder.gep(data, [arguments[1]]), "acquire", 8)
+        array, entry = arguments
+        place = _entry(builder, _data(context, builder, signature.args[0], array), entry, _INT)
+        return builder.load_atomic(place, "acquire", 8, typ=_INT)
 
     return types.int64(array, types.int64), code
 

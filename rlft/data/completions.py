@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
-
 from rlft.counted import order
 from rlft.data.encode import Encoder, encode_texts
 from rlft.data.kinds import Kind
@@ -223,6 +221,8 @@ class CompletionData(ExampleData):
         for token in hf.all_special_tokens:
             if token in messages[0]["content"]:
                 raise DataError(f"{row.where}: a message holds the control token {token!r} as text: take it out")
+        from jinja2 import TemplateError  # here, as only conversations need it
+
         try:
             whole = hf.apply_chat_template([*(row.messages or ()), *messages], tokenize=False)
         except TemplateError as error:

@@ -13,12 +13,17 @@ CHUNK = 1024  # texts at once: bounds the memory that lists of Python integers t
 class Encoder(Protocol):
     """What the data sets need of a tokenizer (`rlft.text.tokenizer.Tokenizer` has it)."""
 
-    hf: Any
     vocab_size: int
     eos_id: int | None
 
     @property
+    def hf(self) -> Any: ...
+
+    @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def vocab(self) -> dict[str, int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 

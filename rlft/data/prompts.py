@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from rlft.counted import order
 from rlft.data.encode import Encoder, encode_texts
 from rlft.data.kinds import Kind
@@ -190,6 +188,8 @@ class PromptData:
             for token in hf.all_special_tokens:
                 if token in message["content"]:
                     raise DataError(f"{row.where}: a message holds the control token {token!r} as text: take it out")
+        from jinja2 import TemplateError  # here, as only conversations need it
+
         try:
             text = hf.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
         except TemplateError as error:

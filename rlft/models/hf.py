@@ -8,6 +8,7 @@ every way that rollout and update call it, or it is refused.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class HFCausalLM(CausalLM):
         if head is None or getattr(head, "bias", None) is not None:
             raise ConfigError(f"{type(model).__name__} cannot be used: its head is no matrix without a bias")
         self.base = model.base_model
+        # What forward calls it: transformers renamed it in 5.24, model by model, and takes the old name up to 5.40.
+        self._cache = "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
         is_tied = head.weight is self.base.get_input_embeddings().weight
         self.head: nn.Module | None = None if is_tied else head
         # For its config and its way of saving; not a submodule, which would name every weight twice.
@@ -109,8 +112,8 @@ class HFCausalLM(CausalLM):
             input_ids=input_ids,
             attention_mask=mask.expand(B, -1, -1, -1),
             position_ids=positions.expand(B, -1),
-            past_key_values=None if cache is None else _Bridge(cache),
             use_cache=cache is not None,
+            **{self._cache: None if cache is None else _Bridge(cache)},
         ).last_hidden_state
 
     def config_dict(self) -> dict:

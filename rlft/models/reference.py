@@ -73,7 +73,7 @@ def checkpoint(policy: CausalLM, *, tokenizer: Encoder, path: str) -> CausalLM:
 def _check_tokens(path: str, tokenizer: Encoder) -> None:
     if not (Path(resolve(path)) / "tokenizer.json").is_file():
         return
-    ours, theirs = tokenizer.hf.get_vocab(), huggingface(path).hf.get_vocab()
+    ours, theirs = tokenizer.vocab, huggingface(path).vocab
     differ = sorted({token for token, _ in ours.items() ^ theirs.items()})
     if differ:
         raise ConfigError(

@@ -16,7 +16,6 @@ from rlft.errors import CheckpointError, ConfigError, RewardError, nearest
 from rlft.models.base import CausalLM
 from rlft.models.files import checkpoint_config
 from rlft.models.gpt2 import GPT2
-from rlft.models.hf import HFCausalLM
 from rlft.text.huggingface import huggingface
 from rlft.trainer.batch import pad
 from rlft.trainer.checkpoint import verify
@@ -63,9 +62,7 @@ class RewardModel:
             raise ConfigError(f"{_KEY}.label={label}: {path} is a model of pairs, which has no classes: set it to null")
         self.index = 0 if self.reads_pairs else _index(str(label), state["classes"])
         self.tokenizer = huggingface(str(directory.parents[1] / "model"))
-        is_hf = "model_type" in checkpoint_config(directory / "policy.safetensors")
-        trunk: CausalLM = (HFCausalLM if is_hf else GPT2).from_pretrained(str(directory))
-        self.trunk = trunk.eval().requires_grad_(False)
+        self.trunk = _trunk(directory).eval().requires_grad_(False)
         head = load_file(directory / "head.safetensors")
         self.weight, self.bias = head["linear.weight"].float(), head["linear.bias"].float()  # [K, C], [K]
 
@@ -88,8 +85,9 @@ class RewardModel:
 
     def _ids(self, prompts: list[str], completions: list[str]) -> list[list[int]]:
         """Return the texts' ids as in training: of pairs prompt and completion each by itself, of texts the whole."""
-        hf, end = self.tokenizer.hf, [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        if hf.chat_template is not None and any(token in text for text in prompts for token in hf.all_special_tokens):
+        end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        special = self.tokenizer.special_tokens
+        if any(token in text for text in prompts for token in special) and self.tokenizer.hf.chat_template is not None:
             raise RewardError("a prompt was rendered by a chat template, and a reward model here reads plain text only")
         if self.reads_pairs:
             halves = zip(self.tokenizer.encode_batch(prompts), self.tokenizer.encode_batch(completions), strict=True)
@@ -117,6 +115,14 @@ class RewardModel:
 
 
 _KEY = "reward.reward_model"
+
+
+def _trunk(directory: Path) -> CausalLM:
+    if "model_type" not in checkpoint_config(directory / "policy.safetensors"):
+        return GPT2.from_pretrained(str(directory))
+    from rlft.models.hf import HFCausalLM  # and with it transformers
+
+    return HFCausalLM.from_pretrained(str(directory))
 
 
 def _algorithm_state(directory: Path, path: str) -> dict:

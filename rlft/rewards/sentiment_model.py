@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlft.core.ranges import Size
 from rlft.errors import ConfigError, RewardError, nearest
 from rlft.paths import resolve
+from rlft.text.huggingface import load_errors
 
 SST2 = "distilbert-base-uncased-finetuned-sst-2-english"
 OUTPUTS = ("probability", "logit", "signed")
@@ -115,16 +114,21 @@ class SentimentModel:
 
 
 def _load_config_and_tokenizer(path: str, found: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
     try:
         return (
             AutoConfig.from_pretrained(found, trust_remote_code=False),
             AutoTokenizer.from_pretrained(found, trust_remote_code=False),
         )
-    except (OSError, ValueError, KeyError, ImportError, httpx.HTTPError) as error:
+    except load_errors() as error:
         raise _unloadable(path, error) from error
 
 
 def _load_model(path: str, found: str, config: Any) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    errors: tuple[type[Exception], ...] = (*load_errors(), RuntimeError)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             found,
@@ -134,7 +138,7 @@ def _load_model(path: str, found: str, config: Any) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, httpx.HTTPError) as error:
+    except errors as error:
         raise _unloadable(path, error) from error
     if info["missing_keys"]:  # transformers fills them with random numbers and goes on
         raise _refused(

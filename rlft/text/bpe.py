@@ -13,11 +13,11 @@ from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from rlft.cache import atomic_path, cache_dir
 from rlft.core.ranges import Size
 from rlft.errors import ConfigError
+from rlft.text.backend import BackendTokenizer, with_post_processor
 from rlft.text.tokenizer import Tokenizer, check_text
 
 EOS = "<|endoftext|>"
@@ -52,7 +52,7 @@ def trained_bpe(*, source: Any, vocab_size: Size) -> Tokenizer:
         with atomic_path(path) as temporary:
             backend.save(str(temporary))
     # Read back even when just trained, so that the first run and the later ones hold the same object.
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=_load(path), bos_token=EOS, eos_token=EOS))
+    return BackendTokenizer(with_post_processor(_load(path)), eos_token=EOS)
 
 
 def _train(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -7,10 +7,10 @@ from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlft.errors import ConfigError, DataError
-from rlft.text.tokenizer import Tokenizer, check_text
+from rlft.text.backend import BackendTokenizer, with_post_processor
+from rlft.text.tokenizer import check_text
 
 EOS = "<|endoftext|>"
 
@@ -46,22 +46,22 @@ def characters(*, alphabet: str | None = None, source: Any = None) -> CharacterT
     return CharacterTokenizer(_build(ordered), "".join(ordered))
 
 
-def _build(ordered: list[str]) -> PreTrainedTokenizerFast:
+def _build(ordered: list[str]) -> tokenizers.Tokenizer:
     # Without an unknown token the backend raises at a character that it does not have, also when loaded elsewhere.
     backend = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(ordered)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([EOS])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=EOS, eos_token=EOS)
+    return with_post_processor(backend)
 
 
-class CharacterTokenizer(Tokenizer):
+class CharacterTokenizer(BackendTokenizer):
     """A tokenizer that refuses characters outside its alphabet, by name, rather than drop or replace them."""
 
-    def __init__(self, hf: PreTrainedTokenizerBase, alphabet: str) -> None:
-        super().__init__(hf)
+    def __init__(self, backend: tokenizers.Tokenizer, alphabet: str) -> None:
+        super().__init__(backend, eos_token=EOS)
         self.alphabet = alphabet
-        vocab = hf.get_vocab()
+        vocab = self.vocab
         self._ids = {character: vocab[character] for character in alphabet}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import httpx
-from transformers import AutoTokenizer
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
 
 from rlft.errors import ConfigError
 from rlft.paths import resolve
+from rlft.text.backend import BackendTokenizer, with_post_processor
 from rlft.text.tokenizer import Tokenizer
+
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take a tokenizer.json as it is
+_OF_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_HARMLESS = (  # settings of a tokenizer_config.json that change neither the ids of a text nor the text of ids
+    "backend", "chat_template", "is_local", "local_files_only", "model_input_names", "model_max_length",
+    "padding_side", "tokenizer_class", "truncation_side",
+)  # fmt: skip
 
 
 def huggingface(path: str) -> Tokenizer:
@@ -20,9 +31,56 @@ def huggingface(path: str) -> Tokenizer:
     be reached, or the tokenizer has no fast version.
     """
     found = resolve(path)
+    if isinstance(found, Path) and (plain := _plain(found)) is not None:
+        backend, eos_token = plain
+        return BackendTokenizer(backend, eos_token=eos_token, make_hf=lambda: _auto(path, found), name=f"path={path!r}")
+    return BackendTokenizer.of(_auto(path, found))
+
+
+def load_errors() -> tuple[type[Exception], ...]:
+    """Return what `from_pretrained` of `transformers` raises where there is nothing to load, or no network."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The hub's client lets errors of its HTTP library through: httpx, from its release 2 on httpx2.
+    of_http = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    return OSError, ValueError, KeyError, ImportError, of_http
+
+
+def _plain(directory: Path) -> tuple[tokenizers.Tokenizer, str | None] | None:
+    """Return the backend and end token of a directory that needs no `transformers`, or None if it may.
+
+    That is one whose `tokenizer.json` is all there is to it: of a generic class, with no setting that changes it, with
+    all special tokens in it, beside no model but GPT-2 (`AutoTokenizer` has exceptions for others).
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file() or any(
+        (directory / f"{name}.json").exists() for name in ("special_tokens_map", "added_tokens")
+    ):
+        return None
     try:
-        hf = AutoTokenizer.from_pretrained(str(found), use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, httpx.HTTPError) as error:
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        model = directory / "config.json"
+        model_type = json.loads(model.read_text(encoding="utf-8")).get("model_type") if model.exists() else "gpt2"
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception:  # `tokenizers` raises nothing narrower; what is wrong, AutoTokenizer says
+        return None
+    tokens = [config[name] for name in _OF_TOKENS if config.get(name) is not None]
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    is_plain = (
+        config.get("tokenizer_class") in _GENERIC
+        and model_type == "gpt2"
+        and config.keys() <= {*_OF_TOKENS, *_HARMLESS}
+        and all(isinstance(token, str) and token in special for token in tokens)
+    )
+    return (with_post_processor(backend), config.get("eos_token")) if is_plain else None
+
+
+def _auto(path: str, found: Path | str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(found), use_fast=True, trust_remote_code=False)
+    except load_errors() as error:
         if not isinstance(found, str):
             raise ConfigError(
                 f"path={path!r}: {found} holds no tokenizer that can be loaded ({_first_line(error)}); it must hold "
@@ -31,11 +89,9 @@ def huggingface(path: str) -> Tokenizer:
         raise ConfigError(
             f"path={path!r} is no local directory, and could not be had from the Hugging Face hub "
             f"({_first_line(error)}). Ways on: check the name; where the hub can be reached, log in if the model is "
-            f"gated; give a local directory; take model=tiny, which ships with its own tokenizer; or GPT-2's BPE from "
-            f"a package: model.tokenizer._target_=rlft.text.gpt2.gpt2_bpe ~model.tokenizer.path. HF_HUB_OFFLINE=1 says "
-            f"this at once instead of after retries"
+            f"gated; give a local directory; or take model=tiny, which ships with its own tokenizer. HF_HUB_OFFLINE=1 "
+            f"says this at once instead of after retries"
         ) from error
-    return Tokenizer(hf)
 
 
 def _first_line(error: BaseException) -> str:

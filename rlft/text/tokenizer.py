@@ -1,56 +1,69 @@
 """One interface over every tokenizer: text to ids and back, with nothing added and nothing cut.
 
-A thin wrapper over a fast `transformers` tokenizer. It differs from calling that one directly in three ways: no
-special token is added; the text of a special token inside a user's text ("<|endoftext|>") stays ordinary text, so
-that data cannot end a sequence; and decoding neither shows special tokens nor cleans up spaces.
+What it promises of all of them, and a `transformers` tokenizer does otherwise: no special token is added; the text of a
+special token inside a user's text ("<|endoftext|>") stays ordinary text, so that data cannot end a sequence; and
+decoding neither shows special tokens nor cleans up spaces.
+
+`transformers` takes a second to import: its object is made where it is asked for (`hf`), and for saving.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from rlft.errors import ConfigError, DataError
+from rlft.errors import DataError
 
-BATCH = 1024  # texts encoded at once: the backend holds about 100 bytes for each token until the ids are taken out
+BATCH = 1024  # texts encoded at once: a backend holds about 100 bytes for each token until the ids are taken out
+HALF = "\ufffd"  # what decoding shows of a character whose bytes are not all there
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids and back.
 
-    Arguments:
-        hf: a fast Hugging Face tokenizer (one with a `tokenizers` backend).
-
     Attributes:
-        hf: the wrapped tokenizer, for a chat template or a `transformers` model.
+        vocab: the id of each token, the special ones among them.
         vocab_size: ids run from 0 to `vocab_size - 1`.
+        special_tokens: tokens that no text encodes to, and no decoding shows.
         eos_id, eos_token: the end-of-text token, or None where there is none.
-
-    Raises `ConfigError` if `hf` is not a fast tokenizer or has an empty vocabulary.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerBase) -> None:
-        if not hf.is_fast:
-            raise ConfigError(
-                f"{type(hf).__name__} ({hf.name_or_path}) has no fast version, which is needed; "
-                f"give a tokenizer that has a tokenizer.json"
-            )
-        vocab = hf.get_vocab()
-        ordinary = len(vocab.keys() - set(hf.all_special_tokens))
-        if ordinary == 0:
-            raise ConfigError(
-                f"{type(hf).__name__} ({hf.name_or_path}) has an empty vocabulary: its tokenizer.json is missing, or "
-                f"its vocabulary was given under a name that this transformers does not know"
-            )
-        self.hf = hf
-        self.vocab_size: int = max(vocab.values()) + 1  # len(hf), unless the ids have holes
-        self.eos_token: str | None = hf.eos_token
-        self.eos_id: int | None = hf.eos_token_id
+    vocab_size: int
+    eos_token: str | None
+    eos_id: int | None
+
+    @property
+    @abstractmethod
+    def vocab(self) -> dict[str, int]: ...
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> list[str]: ...
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 (hex): equal for tokenizers that give the same ids. For cache keys."""
+
+    @functools.cached_property
+    def hf(self) -> Any:
+        """The `transformers` tokenizer of the same ids, for a chat template or a `transformers` model."""
+        return self._make_hf()
+
+    @abstractmethod
+    def _make_hf(self) -> Any: ...
+
+    @abstractmethod
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of texts without lone surrogates."""
+
+    @abstractmethod
+    def _decode(self, rows: list[list[int]]) -> list[str]: ...
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; raises `DataError` (a `ValueError`) if it cannot be represented."""
@@ -63,15 +76,7 @@ class Tokenizer:
             batch = list(texts[start : start + BATCH])
             for index, text in enumerate(batch, start):
                 check_text(text, f"text {index}")
-            encoded = self.hf(
-                batch,
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            rows.extend(encoded["input_ids"])
+            rows.extend(self._encode(batch))
         return rows
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -80,20 +85,27 @@ class Tokenizer:
 
     def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
         """Return the text of each row of ids; rows may differ in length."""
-        lists = [np.asarray(row, dtype=np.int64).tolist() for row in rows]
-        return self.hf.backend_tokenizer.decode_batch(lists, skip_special_tokens=True)
+        return self._decode([np.asarray(row, dtype=np.int64).tolist() for row in rows])
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield the text of `ids` piece by piece as they come: together, what `decode` gives for all of them.
+
+        A character whose bytes are spread over several tokens is yielded when the last of them is there.
+        """
+        seen: list[int] = []
+        shown = 0
+        for token in ids:
+            seen.append(int(token))
+            text = self.decode(seen).rstrip(HALF)
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
+        if rest := self.decode(seen)[shown:]:
+            yield rest
 
     def save(self, directory: str | Path) -> None:
         """Write Hugging Face files, so that `AutoTokenizer.from_pretrained(directory)` gives the same ids."""
         self.hf.save_pretrained(str(directory))
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the backend's JSON: equal for tokenizers that give the same ids. For cache keys."""
-        backend = json.loads(self.hf.backend_tokenizer.to_str())
-        for setting in ("truncation", "padding"):  # left over from the last call of `hf`, and of no effect on `encode`
-            del backend[setting]
-        return hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()
 
 
 def check_text(text: str, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -68,6 +69,12 @@ def test_rollout_and_update_have_the_models_own_logprobs(model):
         for ours in (rollout.logprobs[row], scores.logprobs[row]):
             torch.testing.assert_close(ours[: len(completion)], expected, atol=1e-6, rtol=0.0)
     assert float(scores.logprobs[scores.logprobs != 0].detach().std()) > 0.3
+
+
+def test_nothing_that_is_called_is_on_its_way_out_of_transformers(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rollout_of(HFCausalLM(model))
 
 
 def test_the_shared_prompt_gives_the_gradient_of_rows_alone():

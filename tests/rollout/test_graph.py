@@ -254,10 +254,12 @@ def test_under_autocast_cache_and_weights_are_bfloat16_and_the_logprobs_the_scor
     with torch.autocast("cpu", torch.bfloat16):
         result, seen = by_graph(policy, sampling=Sampling(8))
         logprobs = Scorer(policy)(result.rows).logprobs
+    exact = Scorer(policy)(result.rows).logprobs
     assert seen.dtypes == {torch.bfloat16}
     assert result.logprobs.dtype == torch.float32
-    distance = (result.logprobs - logprobs).abs()
-    assert 0 < float(distance.max()) < 0.2 and float(distance.mean()) < 0.02  # 8 bits of logits of several nats
+    distance = (result.logprobs - logprobs).abs()  # zero on a machine whose kernels sum both in one order
+    assert float(distance.max()) < 0.2 and float(distance.mean()) < 0.02  # 8 bits of logits of several nats
+    assert float((result.logprobs - exact).abs().max()) > 1e-3  # float32's: it is not those that are compared
 
 
 def test_it_fits_a_policy_that_leaves_attention_to_its_cache_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoTokenizer
 
 from rlft.errors import ConfigError
+from rlft.paths import resolve
+from rlft.text.backend import BackendTokenizer
+from rlft.text.bpe import trained_bpe
 from rlft.text.characters import characters
 from rlft.text.huggingface import huggingface
 
@@ -23,7 +31,7 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_hub_the_error_names_the_ways_on(path: str) -> None:
     with pytest.raises(ConfigError) as caught:
         huggingface(path)
-    for words in [f"path={path!r}", "local directory", "rlft.text.gpt2.gpt2_bpe", "model=tiny"]:
+    for words in [f"path={path!r}", "local directory", "model=tiny"]:
         assert words in str(caught.value)
 
 
@@ -69,3 +77,72 @@ def test_a_directory_inside_an_installed_package_is_found(tmp_path: Path, monkey
     characters(alphabet="abc").save(package / "assets" / "letters")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert huggingface("package:pretend_package/assets/letters").encode("cab") == [2, 0, 1]
+
+
+def edit(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values))
+
+
+# What may lie beside a tokenizer.json, each with whether the file alone then says which ids a text has.
+BESIDE: dict[str, tuple[Callable[[Path], None], bool]] = {
+    "nothing": (lambda d: None, True),
+    "a GPT-2": (lambda d: edit(d / "config.json", model_type="gpt2"), True),
+    "a Llama": (lambda d: edit(d / "config.json", model_type="llama"), False),
+    "the older class": (lambda d: edit(d / CONFIG, tokenizer_class="PreTrainedTokenizerFast"), True),
+    "a class of its own": (lambda d: edit(d / CONFIG, tokenizer_class="GPT2Tokenizer"), False),
+    "a pad token that is there": (lambda d: edit(d / CONFIG, pad_token="<|endoftext|>"), True),
+    "a pad token to be added": (lambda d: edit(d / CONFIG, pad_token="<pad>"), False),
+    "another end": (lambda d: edit(d / CONFIG, eos_token="</s>"), False),
+    "no end": (lambda d: edit(d / CONFIG, eos_token=None), True),
+    "more tokens": (lambda d: edit(d / CONFIG, extra_special_tokens=["<tool>"]), False),
+    "a space before each text": (lambda d: edit(d / CONFIG, add_prefix_space=True), False),
+    "a chat template": (lambda d: edit(d / CONFIG, chat_template="{{ messages }}"), True),
+    "a file of special tokens": (lambda d: edit(d / "special_tokens_map.json", pad_token="<pad>"), False),
+    "a file of added tokens": (lambda d: edit(d / "added_tokens.json", **{"<x>": 300}), False),
+}
+CONFIG = "tokenizer_config.json"
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_with_or_without_transformers_the_tokenizer_is_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLFT_CACHE", str(tmp_path / "cache"))
+    source = SimpleNamespace(rows=lambda split: [SimpleNamespace(text="a good film " * 9, where="here")])
+    trained_bpe(source=source, vocab_size=262).save(tmp_path / "saved")
+    change, is_plain = BESIDE[name]
+    change(tmp_path / "saved")
+    auto = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    expected = BackendTokenizer.of(auto)
+    loads = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: loads.append(1) or auto)
+    found = huggingface(str(tmp_path / "saved"))
+    assert loads == ([] if is_plain else [1])
+    text = "a good film, <|endoftext|> </s> <pad> 🙂"
+    assert found.encode(text) == expected.encode(text)
+    assert (found.vocab, found.eos_token, found.eos_id) == (expected.vocab, expected.eos_token, expected.eos_id)
+    assert (found.fingerprint, found.special_tokens) == (expected.fingerprint, expected.special_tokens)
+    assert found.hf is auto  # for a chat template, and for saving
+
+
+def test_what_ships_is_saved_as_it_is(tmp_path: Path) -> None:
+    huggingface("package:rlft/assets/tiny").save(tmp_path)
+    ours = Path(resolve("package:rlft/assets/tiny"))
+    assert (tmp_path / "tokenizer.json").read_bytes() == (ours / "tokenizer.json").read_bytes()
+    assert (
+        json.loads((tmp_path / CONFIG).read_text()).items()
+        >= {
+            name: value for name, value in json.loads((ours / CONFIG).read_text()).items() if "local" not in name
+        }.items()
+    )  # those say whether the hub was to be asked
+
+
+def test_an_error_of_the_hubs_http_library_is_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_http = next(kind for kind in HfHubHTTPError.__mro__ if kind.__module__.startswith("httpx"))
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise of_http("no route to the hub")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
+    with pytest.raises(ConfigError, match=r"could not be had from the Hugging Face hub .*no route to the hub"):
+        huggingface("gpt2")

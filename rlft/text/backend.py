@@ -1,0 +1,100 @@
+"""Tokenizers whose ids come from the `tokenizers` library, which `transformers`' fast tokenizers are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import tokenizers
+from tokenizers import processors
+
+from rlft.errors import ConfigError
+from rlft.text.tokenizer import Tokenizer
+
+
+class BackendTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library behind our interface.
+
+    Arguments:
+        backend: the tokenizer.
+        eos_token: the end-of-text token, which the backend knows; None where there is none.
+        make_hf: makes the `transformers` tokenizer of the same ids; None: a generic one over the backend.
+        name: what an error calls it.
+
+    Raises `ConfigError` if the backend has an empty vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_token: str | None,
+        make_hf: Callable[[], Any] | None = None,
+        name: str = "this tokenizer",
+    ) -> None:
+        self.backend, self._make = backend, make_hf
+        vocab = self.vocab
+        if not vocab.keys() - set(self.special_tokens):
+            raise ConfigError(
+                f"{name} has an empty vocabulary: its tokenizer.json is missing, or its vocabulary was given under a "
+                f"name that this transformers does not know"
+            )
+        self.vocab_size = max(vocab.values()) + 1  # the number of tokens, unless the ids have holes
+        self.eos_token = eos_token
+        self.eos_id = None if eos_token is None else vocab[eos_token]
+
+    @classmethod
+    def of(cls, hf: Any) -> BackendTokenizer:
+        """Wrap a `transformers` tokenizer. Raises `ConfigError` if it has no backend of `tokenizers`."""
+        name = f"{type(hf).__name__} ({hf.name_or_path})"
+        if not hf.is_fast:
+            raise ConfigError(
+                f"{name} has no fast version, which is needed; give a tokenizer that has a tokenizer.json"
+            )
+        return cls(hf.backend_tokenizer, eos_token=hf.eos_token, make_hf=lambda: hf, name=name)
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        return [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the backend's JSON."""
+        backend = json.loads(self.backend.to_str())
+        for setting in ("truncation", "padding"):  # left over from the last call of `hf`, and of no effect on `encode`
+            del backend[setting]
+        return hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()
+
+    def _make_hf(self) -> Any:
+        if self._make is not None:
+            return self._make()
+        from transformers import PreTrainedTokenizerFast
+
+        eos = self.eos_token
+        return PreTrainedTokenizerFast(tokenizer_object=self.backend, bos_token=eos, eos_token=eos)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        # The backend may be that of `hf`, whose last call left settings of its own.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True  # as ordinary text
+        return [row.ids for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        return self.backend.decode_batch(rows, skip_special_tokens=True)
+
+
+def with_post_processor(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Give a backend without a post-processor the one that `transformers` gives it, which adds no token.
+
+    So a tokenizer has one fingerprint, whether it was built here, saved or loaded.
+    """
+    if backend.post_processor is None:
+        backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+    return backend
