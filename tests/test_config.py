@@ -401,3 +401,29 @@ def test_tab_completion_offers_files_and_settings(typed, offered):
     line = f"train.py {typed}"
     result = train_py("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
     assert (result.returncode, result.stdout.split()) == (0, offered)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "vocab_size"),
+    [
+        (["model=gpt2_scratch"], 4096),
+        (["model=gpt2_scratch", "model.tokenizer.vocab_size=300"], 300),
+        (["model=gpt2_scratch", "model/tokenizer=gpt2"], 50257),
+        (["model=gpt2_scratch", "model/tokenizer=gpt2", "model.vocab_size=50304"], 50304),
+        (["model=char_scratch", "model/tokenizer=bpe", "model.vocab_size=500"], 500),
+    ],
+)
+def test_a_fresh_model_has_the_vocabulary_of_the_tokenizer_that_is_chosen(overrides, vocab_size):
+    assert config(*overrides).model["vocab_size"] == vocab_size
+
+
+@pytest.mark.parametrize("name", ["bpe", "characters"])
+@pytest.mark.parametrize("data", ["reviews", "reviews_text", "reviews_contexts", "sums"])
+def test_a_trained_tokenizer_reads_the_source_of_any_data(name, data):
+    made = config("model=gpt2_scratch", f"model/tokenizer={name}", f"data={data}")
+    assert made.model["tokenizer"]["source"]["_target_"] == (made.data.get("text") or made.data)["source"]["_target_"]
+
+
+def test_a_gpt2_keeps_the_tokenizer_beside_its_weights():
+    assert config("model=gpt2", "model.path=/dir").model["tokenizer"]["model"] == "/dir"
+    assert config("model=gpt2_scratch", "model/tokenizer=gpt2").model["tokenizer"]["model"] is None

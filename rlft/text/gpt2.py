@@ -57,7 +57,8 @@ def gpt2_bpe(*, path: str | None = None, model: str | None = None) -> Tokenizer:
         return given or Tiktoken(_downloaded())
     tokens = _tokens(own)
     if tokens is not None and _digest(tokens) == _TOKENS_SHA256:
-        return Tiktoken(_encoding(tokens), make_hf=lambda: huggingface(model).hf)
+        is_openais_form = not any((own / name).exists() for name in ("tokenizer.json", "vocab.json"))
+        return Tiktoken(_encoding(tokens), make_hf=None if is_openais_form else lambda: huggingface(model).hf)
     if given is not None:
         raise ConfigError(
             f"model.tokenizer.path={path} holds GPT-2's tokens, and the model at {own} has a tokenizer of its own with "

@@ -253,13 +253,14 @@ def test_a_model_with_gpt2s_own_files_needs_no_network(
     without_network(monkeypatch, tmp_path / "no cache")
     hugging_face_files(gpt2_files, tmp_path / "published")
     published = gpt2_bpe(model=model_at(tmp_path / "published"))
+    openais = gpt2_bpe(model=model_at(Path(shutil.copytree(gpt2_files, tmp_path / "openai"))))
     tokenizer.hf.chat_template = "{{ messages[0].content }}"
     try:
         tokenizer.save(tmp_path / "exported")
     finally:
         tokenizer.hf.chat_template = None
     exported = gpt2_bpe(model=model_at(tmp_path / "exported"))
-    for made in (published, exported):
+    for made in (published, openais, exported):
         assert isinstance(made, Tiktoken)
         assert made.encode("hello world") == [31373, 995] == made.hf("hello world")["input_ids"]
     assert exported.hf.chat_template == "{{ messages[0].content }}"  # what else lies beside a model is kept as well
