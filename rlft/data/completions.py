@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
 
+from rlft.cache import key_of
 from rlft.counted import order
-from rlft.data.encode import Encoder, encode_texts
-from rlft.data.prompts import Prompt, PromptData
-from rlft.data.source import Row, Source, check_split
+from rlft.data.encode import Encoder, chat_key, encode_texts, in_chunks, tokenizer_key
+from rlft.data.prompts import Prompt, PromptData, StoredPrompts, prompt_columns
+from rlft.data.source import Row, Source, check_split, holds_out
+from rlft.data.store import Lazy, Store, Writer, stored
 from rlft.data.table import check_messages, check_unicode
 from rlft.errors import ConfigError, DataError, nearest
 
@@ -41,6 +45,57 @@ class Unusable:
     message: str  # begins with the row's place
 
 
+class StoredExamples(Lazy[Example]):
+    """Examples in the store, each made when it is asked for, as `StoredPrompts`.
+
+    Attributes:
+        lengths: tokens of each prompt with its longest completion, int64 [N].
+        labels: int64 [N]. is_cut: uint8 [N].
+    """
+
+    def __init__(self, store: Store, rows: Callable[[], Sequence[Row]]) -> None:
+        self.store, self.prompts = store, StoredPrompts(store, rows)
+        self.lengths, self.labels = store.arrays["lengths"], store.arrays["labels"]
+        self.is_cut = store.arrays["is_cut"]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def item(self, index: int) -> Example:
+        ends = self.store.arrays["completions_until"]  # of this example's completions and all before it
+        numbers = range(ends[index - 1] if index else 0, ends[index])
+        completions = tuple(self.store.row("completions", number).tolist() for number in numbers)
+        return Example(self.prompts[index], completions, int(self.labels[index]), bool(self.is_cut[index]))
+
+
+def example_columns(writer: Writer) -> Callable[[int, Row, Example], None]:
+    """Return what writes an example of a row, whose number in the split it is given, for `StoredExamples`."""
+    prompt, completions = prompt_columns(writer), writer.ragged("completions", "int32")
+    ends, lengths = writer.column("completions_until", "int64"), writer.column("lengths", "int64")
+    labels, is_cut = writer.column("labels", "int64"), writer.column("is_cut", "uint8")
+    total = 0
+
+    def write(number: int, row: Row, example: Example) -> None:
+        nonlocal total
+        total += len(example.completions)
+        prompt(number, row, example.prompt)
+        for ids in example.completions:
+            completions(ids)
+        ends.append(total)
+        lengths.append(example.num_tokens)
+        labels.append(example.label)
+        is_cut.append(example.is_cut)
+
+    return write
+
+
+def example_lengths(examples: Sequence[Example]) -> np.ndarray:
+    """Return the number of tokens of each example, int64 [N], without making those that are in the store."""
+    if isinstance(examples, StoredExamples):
+        return examples.lengths
+    return np.array([example.num_tokens for example in examples], dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class _Plain:
     """A completion that is still to be encoded, and what follows it."""
@@ -67,14 +122,21 @@ class ExampleData(ABC):
         if max_tokens is not None and max_tokens < 2:
             raise ConfigError(f"data.max_tokens is at least 2, or null for no limit, got {max_tokens}")
         self.source, self.tokenizer, self.max_tokens, self.on_unusable = source, tokenizer, max_tokens, on_unusable
-        self._made: dict[str, tuple[list[Example], dict[str, int]]] = {}
+        self._made: dict[str, tuple[Sequence[Example], dict[str, int]]] = {}
 
     @abstractmethod
-    def read(self, split: str) -> Iterator[Example | Unusable]:
-        """Yield an example for each row of a split, in the source's order."""
+    def read(self, rows: list[Row]) -> Iterator[Example | Unusable]:
+        """Yield an example for each row."""
 
-    def examples(self, split: str) -> list[Example]:
-        """Return the examples of a split in the source's order."""
+    @abstractmethod
+    def settings(self) -> list[Any]:
+        """Return what an example depends on beside its row, `max_tokens` and the tokenizer (JSON values)."""
+
+    def check_columns(self, row: Row) -> None:
+        """Raise `DataError` for the first row of a split that lacks a column."""
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """Return the examples of a split in the source's order, tokenised and kept as `PromptData.prompts` is."""
         return self._make(split)[0]
 
     def batch(self, step: int, *, size: int, seed: int) -> list[Example]:
@@ -83,6 +145,11 @@ class ExampleData(ABC):
         if not examples:
             raise DataError(f"the train split has no example ({left_out}): give more rows")
         return [examples[index] for index in order(len(examples), seed=seed, start=step * size, count=size)]
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the source was asked for a validation split."""
+        return holds_out(self.source)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -95,18 +162,39 @@ class ExampleData(ABC):
                 counts[reason] = counts.get(reason, 0) + number
         return counts
 
-    def _make(self, split: str) -> tuple[list[Example], dict[str, int]]:
+    def _make(self, split: str) -> tuple[Sequence[Example], dict[str, int]]:
         if check_split(split) not in self._made:
-            examples, left_out = [], dict.fromkeys(self.reasons, 0)
-            for found in map(self._fitting, self.read(split)):
+            source = key_of(self.source)
+            if source is None:
+                left_out = dict.fromkeys(self.reasons, 0)
+                self._made[split] = [example for _, _, example in self._usable(split, left_out)], left_out
+            else:
+                settings = [type(self).__name__, self.max_tokens, self.on_unusable, *self.settings()]
+                key = {"source": source, "split": split, "settings": settings, "chat": chat_key(self.tokenizer)}
+                key |= tokenizer_key(self.tokenizer)
+                store = stored("examples", key, lambda writer: self._write(writer, split))
+                self._made[split] = StoredExamples(store, lambda: self.source.rows(split)), store.meta["counts"]
+        return self._made[split]
+
+    def _write(self, writer: Writer, split: str) -> dict[str, Any]:
+        left_out = dict.fromkeys(self.reasons, 0)
+        write = example_columns(writer)
+        for number, row, example in self._usable(split, left_out):
+            write(number, row, example)
+        return {"counts": left_out}
+
+    def _usable(self, split: str, left_out: dict[str, int]) -> Iterator[tuple[int, Row, Example]]:
+        """Yield each example with its row and the row's number in the split; count in `left_out` what is left out."""
+        for start, rows in in_chunks(self.source.rows(split), "tokenising examples"):
+            if start == 0:
+                self.check_columns(rows[0])
+            for number, (row, found) in enumerate(zip(rows, map(self._fitting, self.read(rows)), strict=True), start):
                 if isinstance(found, Example):
-                    examples.append(found)
+                    yield number, row, found
                 elif self.on_unusable == "skip":
                     left_out[found.reason] += 1
                 else:
                     raise DataError(f"{found.message}; data.on_unusable=skip leaves such rows out and counts them")
-            self._made[split] = examples, left_out
-        return self._made[split]
 
     def _fitting(self, found: Example | Unusable) -> Example | Unusable:
         if self.max_tokens is None or isinstance(found, Unusable) or found.num_tokens <= self.max_tokens:
@@ -147,10 +235,12 @@ class CompletionData(ExampleData):
         self.end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         self._prompts = PromptData(source, tokenizer=tokenizer)
 
-    def read(self, split: str) -> Iterator[Example | Unusable]:
-        rows, prompts = self.source.rows(split), self._prompts.prompts(split)
-        if rows:
-            self._check_columns(rows[0])
+    def settings(self) -> list[Any]:
+        return [self.columns]
+
+    def read(self, rows: list[Row]) -> Iterator[Example | Unusable]:
+        made = zip(rows, self._prompts.whole(rows), strict=True)
+        prompts = [self._prompts.prompt(row, text, ids) for row, (text, ids) in made]
         found = [self._found(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
         plain = [
             (one.text, row.where)
@@ -171,7 +261,7 @@ class CompletionData(ExampleData):
         """Return the example as a subclass wants it, or what is wrong with it."""
         return example
 
-    def _check_columns(self, row: Row) -> None:
+    def check_columns(self, row: Row) -> None:
         for column in self.columns:
             if column not in row.columns:
                 names = list(row.columns)
