@@ -25,6 +25,7 @@ from rlft.algos.rollouts import Rollouts, Sampled
 from rlft.algos.scoring import add_rollout, sample_rows
 from rlft.counted import order
 from rlft.data.prompts import PromptData
+from rlft.data.source import holds_out
 from rlft.functional import surrogates
 from rlft.functional.advantages import whiten
 from rlft.functional.aggregation import token_mean
@@ -230,6 +231,10 @@ class PolicyGradient(Algorithm):
             data = self.rollouts.data
             evaluation.metrics.update(self.probe(self.policy, self.frozen.reference, data, device=self.device))
         return evaluation
+
+    @property
+    def is_evaluated(self) -> bool:
+        return holds_out(self.rollouts.data)
 
     def plan(self) -> list[tuple[str, str]]:
         kl = f"{self.kl.base_coef:g} x {self.kl.estimator} in the {self.kl.where}" if self.kl.base_coef else "none"
