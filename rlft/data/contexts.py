@@ -71,7 +71,7 @@ class Contexts:
     @property
     def holds_out(self) -> bool:
         """Whether the source was asked for a validation split."""
-        return holds_out(self.source)
+        return holds_out(self.text)
 
     @property
     def counts(self) -> dict[str, int]:
