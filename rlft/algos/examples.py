@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlft.algos.base import NOT_EVALUATED, Algorithm, Evaluation, Totals
-from rlft.data.completions import Example, ExampleData, example_lengths
+from rlft.data.examples import Example, ExampleData, example_lengths
 from rlft.data.source import holds_out
 from rlft.errors import ConfigError, DataError
 from rlft.models.base import CausalLM

@@ -27,7 +27,7 @@ from rlft.algos.examples import (
     show_samples,
     summed_logprobs,
 )
-from rlft.data.completions import Example
+from rlft.data.examples import Example
 from rlft.data.labelled import UnpairedData
 from rlft.errors import ConfigError
 from rlft.functional.preference import kto, kto_reference_point

@@ -23,7 +23,7 @@ from rlft.algos.examples import (
     summed_logprobs,
 )
 from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
-from rlft.data.completions import Example
+from rlft.data.examples import Example
 from rlft.data.preferences import PreferenceData
 from rlft.models.base import CausalLM
 from rlft.models.scorer import Scorer

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlft.algos.examples import OnExamples, check_data, check_sizes, held_out, whole_rows
 from rlft.algos.pairs import ROWS_PER_PAIR, wins
-from rlft.data.completions import Example
+from rlft.data.examples import Example
 from rlft.data.labelled import LabelledData
 from rlft.data.preferences import PreferenceData, has_margins, margins
 from rlft.errors import CheckpointError

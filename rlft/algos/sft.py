@@ -14,7 +14,8 @@ from torch import Tensor
 from rlft.algos.base import Algorithm, Evaluation, Totals
 from rlft.algos.examples import check_room, completion_rows, held_out, show_samples
 from rlft.algos.likelihood import EVAL_ROWS, mean_loss, perplexity, text_rows
-from rlft.data.completions import CompletionData, Example
+from rlft.data.completions import CompletionData
+from rlft.data.examples import Example
 from rlft.data.source import holds_out
 from rlft.data.text import TextData
 from rlft.errors import ConfigError

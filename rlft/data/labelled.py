@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from rlft.cache import key_of
-from rlft.data.completions import CompletionData, Example, ExampleData, StoredExamples, Unusable, truth
+from rlft.data.completions import CompletionData, truth
 from rlft.data.encode import Encoder, encode_texts
+from rlft.data.examples import Example, ExampleData, StoredExamples, Unusable
 from rlft.data.prompts import Prompt
 from rlft.data.source import Row, Source
 from rlft.data.store import stored

@@ -6,8 +6,9 @@ import math
 from itertools import chain
 from typing import Any
 
-from rlft.data.completions import CompletionData, Example, Unusable
+from rlft.data.completions import CompletionData
 from rlft.data.encode import Encoder
+from rlft.data.examples import Example, Unusable
 from rlft.data.source import Source
 from rlft.errors import DataError
 

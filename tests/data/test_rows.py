@@ -8,7 +8,8 @@ import os
 import pytest
 
 from rlft.algos.rollouts import _check_room
-from rlft.data import completions, prompts
+from rlft.data import examples as kept_examples
+from rlft.data import prompts
 from rlft.data.completions import CompletionData
 from rlft.data.files import Csv, Jsonl, Parquet, TextFile
 from rlft.data.labelled import LabelledData
@@ -176,13 +177,13 @@ def test_no_prompt_or_example_is_made_until_it_is_asked_for(write_jsonl, tokeniz
 
     monkeypatch.setattr("rlft.data.rows.Row", counting(Row))
     monkeypatch.setattr(prompts, "Prompt", counting(prompts.Prompt))
-    monkeypatch.setattr(completions, "Example", counting(completions.Example))
+    monkeypatch.setattr(kept_examples, "Example", counting(kept_examples.Example))
     source = Jsonl(path, **HALF)
     data, examples = PromptData(source, tokenizer=tokenizer), CompletionData(source, tokenizer=tokenizer)
     held, rows = [data.prompts("train"), examples.examples("train")], source.rows("train")
     assert all(isinstance(one, Lazy) and len(one) == len(rows) > 10 for one in [*held, rows])
     assert data.counts and examples.counts and prompts.prompt_lengths(held[0]).min() > 0
-    assert completions.example_lengths(held[1]).min() > 0
+    assert kept_examples.example_lengths(held[1]).min() > 0
     assert count == {"Row": 0, "Prompt": 0, "Example": 0}
     data.batch(0, size=3, seed=0)
     assert count == {"Row": 3, "Prompt": 3, "Example": 0}
