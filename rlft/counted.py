@@ -8,6 +8,7 @@ state to save: batch size, order, rank, world size and resume change no draw.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import Any
 
@@ -47,5 +48,12 @@ def order(num_items: int, *, seed: int, start: int, count: int) -> np.ndarray:
     picked = np.empty(count, dtype=np.int64)
     for epoch in np.unique(positions // num_items):
         here = positions // num_items == epoch
-        picked[here] = generator(seed, "order", int(epoch)).permutation(num_items)[positions[here] % num_items]
+        picked[here] = _epoch(num_items, seed, int(epoch))[positions[here] % num_items]
     return picked
+
+
+@functools.lru_cache(maxsize=2)  # a batch may lie in two epochs; of a million items one takes 20 ms a step to draw
+def _epoch(num_items: int, seed: int, epoch: int) -> np.ndarray:
+    permutation = generator(seed, "order", epoch).permutation(num_items)
+    permutation.flags.writeable = False
+    return permutation

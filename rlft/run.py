@@ -75,7 +75,10 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
                 reason = trainer.train(should_stop=lambda: bool(stop))
                 if reason != "signal":
                     summary = _finish(run_dir, config, job, trainer, reason, commit)
-                    progress.comparison("Held-out evaluation", before=trainer.state.before, after=trainer.state.after)
+                    if job.algorithm.is_evaluated:
+                        progress.comparison(
+                            "Held-out evaluation", before=trainer.state.before, after=trainer.state.after
+                        )
         finally:
             job.tracker.close(summary=summary)  # also where training failed: what was logged is not lost
     if reason == "signal":

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
+from rlft import counted
 from rlft.counted import generator, order, random_rows
 
 WORD = 2**64
@@ -93,3 +94,14 @@ def test_an_order_over_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="num_items must be at least 1, got 0"):
         order(0, seed=1, start=0, count=1)
     assert order(5, seed=1, start=3, count=0).shape == (0,)
+
+
+def test_an_epochs_permutation_is_drawn_once_and_cannot_be_changed(monkeypatch) -> None:
+    counted._epoch.cache_clear()
+    draws = []
+    monkeypatch.setattr(counted, "generator", lambda *key: draws.append(key) or generator(*key))
+    steps = [order(1000, seed=3, start=8 * step, count=8) for step in range(125)]
+    assert len(draws) == 1
+    assert np.concatenate(steps).tolist() == generator(3, "order", 0).permutation(1000).tolist()
+    steps[0][:] = 0
+    assert order(1000, seed=3, start=0, count=8).tolist() == generator(3, "order", 0).permutation(1000)[:8].tolist()

@@ -14,6 +14,8 @@ from rlft.models.scorer import Scorer
 from rlft.trainer.batch import Batch
 from rlft.trainer.metrics import Means
 
+NOT_EVALUATED = "none: nothing is held out, and the run trains without evaluation"  # a line of the plan
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -60,6 +62,11 @@ class Algorithm(ABC):
     @abstractmethod
     def evaluate(self) -> Evaluation:
         """Measure the policy on held-out data, with fixed seeds."""
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the data holds anything out to evaluate on; `evaluate` is not called where it does not."""
+        return True
 
     @abstractmethod
     def plan(self) -> list[tuple[str, str]]:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.algos.base import Algorithm, Evaluation, Totals
+from rlft.algos.base import NOT_EVALUATED, Algorithm, Evaluation, Totals
 from rlft.algos.examples import check_held_out, check_sizes
 from rlft.algos.likelihood import EVAL_ROWS, text_rows
 from rlft.core.ranges import Size
 from rlft.data.kinds import Kind
+from rlft.data.source import holds_out
 from rlft.data.text import TextData
 from rlft.errors import ConfigError
 from rlft.functional.aggregation import token_mean
@@ -122,11 +123,15 @@ class Denoise(Algorithm):
         loss = total / (self.eval_levels * len(blocks) * size)
         return Evaluation({"eval/loss": loss, "eval/perplexity_bound": math.exp(loss)}, self._samples())
 
+    @property
+    def is_evaluated(self) -> bool:
+        return holds_out(self.data)
+
     def plan(self) -> list[tuple[str, str]]:
         block = self.data.block_size
         return [
             ("tokens per step", f"{self.rows_per_step} blocks x {block} = {self.rows_per_step * block:,}"),
-            ("held-out bound", f"{self.eval_levels} masks of each block"),
+            ("held-out bound", f"{self.eval_levels} masks of each block" if self.is_evaluated else NOT_EVALUATED),
             *((f"data: {name}", f"{count:,}") for name, count in self.data.counts.items()),
         ]
 

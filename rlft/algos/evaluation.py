@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from rlft.algos.base import Evaluation
+from rlft.algos.base import NOT_EVALUATED, Evaluation
 from rlft.algos.likelihood import perplexity
 from rlft.algos.scoring import add_rewards, exact_token_kl, frozen_scores, sample_rows, score
 from rlft.data.prompts import PromptData
+from rlft.data.source import holds_out
 from rlft.errors import DataError, RewardError
 from rlft.models.base import CausalLM
 from rlft.rewards.compose import RewardSum
@@ -49,9 +50,12 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self) -> Evaluation:
-        held_out = self.data.prompts("validation")[: self.num_prompts]
+        held_out = list(self.data.prompts("validation")[: self.num_prompts])
         if not held_out:
-            raise DataError("the validation split has no prompt to evaluate on; give more data")
+            raise DataError(
+                "the validation split has no prompt to evaluate on: give more data, a larger data.source.validation, "
+                "or data.source.validation=0 to train without evaluation"
+            )
         means = Means()
         samples: list[dict] = []
         for start in range(0, len(held_out), EVAL_ROWS):
@@ -83,6 +87,8 @@ class Evaluator:
 
     def plan(self) -> str:
         """Return how many prompts are evaluated, and how many were asked for where there are fewer."""
+        if not holds_out(self.data):
+            return NOT_EVALUATED
         available = len(self.data.prompts("validation"))
         return (
             f"{available:,}, fewer than eval_prompts={self.num_prompts:,}"

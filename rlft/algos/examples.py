@@ -7,11 +7,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from rlft.algos.base import Algorithm, Evaluation, Totals
-from rlft.data.completions import Example, ExampleData
+from rlft.algos.base import NOT_EVALUATED, Algorithm, Evaluation, Totals
+from rlft.data.examples import Example, ExampleData, example_lengths
+from rlft.data.source import holds_out
 from rlft.errors import ConfigError, DataError
 from rlft.models.base import CausalLM
 from rlft.models.rows import Rows
@@ -88,9 +90,13 @@ class OnExamples(Algorithm):
         """Return what an evaluation shows, rows of samples.jsonl."""
         return []
 
+    @property
+    def is_evaluated(self) -> bool:
+        return holds_out(self.data)
+
     def plan(self) -> list[tuple[str, str]]:
-        evaluated = len(held_out(self.data, self.num_held_out))
-        return [("examples per step", f"{self.per_step:,}"), ("held-out examples", f"{evaluated:,}")] + [
+        held = f"{len(held_out(self.data, self.num_held_out)):,}" if self.is_evaluated else NOT_EVALUATED
+        return [("examples per step", f"{self.per_step:,}"), ("held-out examples", held)] + [
             (f"data: {name}", f"{count:,}") for name, count in self.data.counts.items()
         ]
 
@@ -111,9 +117,11 @@ def check_held_out(*, setting: str, count: int | None, at_least: int = 1) -> Non
 
 def check_room(data: ExampleData, *, context_length: int) -> None:
     """Raise `ConfigError` for the longest example, where the model's context cannot take it."""
-    examples = [example for split in ("train", "validation") for example in data.examples(split)]
-    longest = max(examples, key=lambda example: example.num_tokens, default=None)
-    if longest is not None and longest.num_tokens > context_length:
+    splits = [data.examples(split) for split in ("train", "validation")]
+    lengths = np.concatenate([example_lengths(examples) for examples in splits])
+    if len(lengths) and lengths.max() > context_length:
+        number = int(lengths.argmax())
+        longest = splits[0][number] if number < len(splits[0]) else splits[1][number - len(splits[0])]
         raise ConfigError(
             f"{longest.prompt.where}: {longest.num_tokens} tokens do not fit the model's context of {context_length}: "
             f"leave long examples out by data.max_tokens={context_length} data.on_unusable=skip"
@@ -122,9 +130,12 @@ def check_room(data: ExampleData, *, context_length: int) -> None:
 
 def held_out(data: ExampleData, count: int | None) -> list[Example]:
     """Return the first `count` validation examples (None: all); raises `DataError` where there is none."""
-    examples = data.examples("validation")[:count]
+    examples = list(data.examples("validation")[:count])
     if not examples:
-        raise DataError("the validation split has no example to evaluate on: give more data, or a larger validation")
+        raise DataError(
+            "the validation split has no example to evaluate on: give more data, a larger data.source.validation, or "
+            "data.source.validation=0 to train without evaluation"
+        )
     return examples
 
 

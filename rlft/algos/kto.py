@@ -28,7 +28,7 @@ from rlft.algos.examples import (
     summed_logprobs,
 )
 from rlft.core.ranges import Size
-from rlft.data.completions import Example
+from rlft.data.examples import Example
 from rlft.data.kinds import Kind
 from rlft.data.labelled import UnpairedData
 from rlft.errors import ConfigError, DataError

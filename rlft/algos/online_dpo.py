@@ -30,6 +30,7 @@ from rlft.algos.scoring import add_rollout, sample_rows
 from rlft.core.ranges import Size, SizeOrZero
 from rlft.data.kinds import Kind
 from rlft.data.prompts import PromptData
+from rlft.data.source import holds_out
 from rlft.errors import ConfigError
 from rlft.functional.preference import best_and_worst
 from rlft.models.base import CausalLM
@@ -156,6 +157,10 @@ class OnlineDPO(Algorithm):
 
     def evaluate(self) -> Evaluation:
         return self.evaluator()
+
+    @property
+    def is_evaluated(self) -> bool:
+        return holds_out(self.rollouts.data)
 
     def plan(self) -> list[tuple[str, str]]:
         rewards = self.rollouts.rewards

@@ -27,6 +27,7 @@ from rlft.core.ranges import Count, CountOrZero, NonNegative, Positive, Size, Si
 from rlft.counted import order
 from rlft.data.kinds import Kind
 from rlft.data.prompts import PromptData
+from rlft.data.source import holds_out
 from rlft.errors import ConfigError
 from rlft.functional import surrogates
 from rlft.functional.advantages import whiten
@@ -241,6 +242,10 @@ class PolicyGradient(Algorithm):
             data = self.rollouts.data
             evaluation.metrics.update(self.probe(self.policy, self.frozen.reference, data, device=self.device))
         return evaluation
+
+    @property
+    def is_evaluated(self) -> bool:
+        return holds_out(self.rollouts.data)
 
     def plan(self) -> list[tuple[str, str]]:
         kl = f"{self.kl.base_coef:g} x {self.kl.estimator} in the {self.kl.where}" if self.kl.base_coef else "none"

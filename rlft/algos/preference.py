@@ -24,7 +24,7 @@ from rlft.algos.examples import (
 )
 from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
 from rlft.core.ranges import Size
-from rlft.data.completions import Example
+from rlft.data.examples import Example
 from rlft.data.kinds import Kind
 from rlft.data.preferences import PreferenceData
 from rlft.models.base import CausalLM

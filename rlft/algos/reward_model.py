@@ -21,10 +21,10 @@ from torch import Tensor
 from rlft.algos.examples import OnExamples, check_held_out, check_sizes, held_out, whole_rows
 from rlft.algos.pairs import ROWS_PER_PAIR, wins
 from rlft.core.ranges import NonNegative, Size
-from rlft.data.completions import Example
+from rlft.data.examples import Example
 from rlft.data.kinds import Kind
 from rlft.data.labelled import LabelledData
-from rlft.data.preferences import PreferenceData, margins
+from rlft.data.preferences import PreferenceData, has_margins, margins
 from rlft.errors import CheckpointError
 from rlft.functional.preference import bradley_terry
 from rlft.models.base import CausalLM
@@ -70,7 +70,7 @@ class RewardModel(OnExamples):
             per_step=pairs_per_step, num_held_out=eval_pairs, micro_batch=micro_batch,
             micro_batch_tokens=micro_batch_tokens,
         )  # fmt: skip
-        self.has_margin = margins([*data.examples("train"), *data.examples("validation")]) is not None
+        self.has_margin = has_margins(data)
         self.head = ScoreHead(policy, lr_scale=head_lr_scale)
 
     @staticmethod
@@ -156,6 +156,8 @@ class Classification(OnExamples):
         return F.cross_entropy(logits, labels, reduction="none")
 
     def plan(self) -> list[tuple[str, str]]:
+        if not self.is_evaluated:
+            return [("classes", ", ".join(self.classes)), *super().plan()]
         labels = [example.label for example in held_out(self.data, self.num_held_out)]
         share = max(map(labels.count, set(labels))) / len(labels)
         return [

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlft.algos.parts import Stateful
 from rlft.algos.scoring import group_std, score
 from rlft.data.kinds import Kind
-from rlft.data.prompts import Prompt, PromptData
+from rlft.data.prompts import Prompt, PromptData, prompt_lengths
 from rlft.errors import ConfigError
 from rlft.models.base import CausalLM
 from rlft.rewards.compose import RewardOutput, RewardSum
@@ -184,9 +185,11 @@ def target_ids(prompts: list[Prompt]) -> list[list[int]]:
 
 def _check_room(data: PromptData, *, max_new_tokens: int, context_length: int) -> None:
     """Refuse prompts that leave no room for a whole completion, so that nothing is cut short silently."""
-    prompts = [prompt for split in ("train", "validation") for prompt in data.prompts(split)]
-    longest = max(prompts, key=lambda prompt: len(prompt.ids), default=None)
-    if longest is not None and len(longest.ids) + max_new_tokens > context_length:
+    splits = [data.prompts(split) for split in ("train", "validation")]
+    lengths = np.concatenate([prompt_lengths(prompts) for prompts in splits])
+    if len(lengths) and lengths.max() + max_new_tokens > context_length:
+        number = int(lengths.argmax())
+        longest = splits[0][number] if number < len(splits[0]) else splits[1][number - len(splits[0])]
         raise ConfigError(
             f"{longest.where}: a prompt of {len(longest.ids)} tokens and max_new_tokens={max_new_tokens} do not fit "
             f"the model's context of {context_length}: lower max_new_tokens{_shorter(context_length - max_new_tokens)}"

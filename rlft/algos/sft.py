@@ -16,8 +16,10 @@ from rlft.algos.base import Algorithm, Evaluation, Totals
 from rlft.algos.examples import check_held_out, check_room, check_sizes, completion_rows, held_out, show_samples
 from rlft.algos.likelihood import EVAL_ROWS, mean_loss, perplexity, text_rows
 from rlft.core.ranges import Size
-from rlft.data.completions import CompletionData, Example
+from rlft.data.completions import CompletionData
+from rlft.data.examples import Example
 from rlft.data.kinds import Kind
+from rlft.data.source import holds_out
 from rlft.data.text import TextData
 from rlft.errors import ConfigError
 from rlft.functional.aggregation import token_mean
@@ -89,6 +91,10 @@ class SFT(Algorithm):
     def evaluate(self) -> Evaluation:
         loss = mean_loss(self.policy, map(self._rows, self._held_out()))
         return Evaluation({"eval/loss": loss, "eval/perplexity": perplexity(loss)}, self._samples())
+
+    @property
+    def is_evaluated(self) -> bool:
+        return holds_out(self.data)
 
     def plan(self) -> list[tuple[str, str]]:
         counts = [(f"data: {name}", f"{count:,}") for name, count in self.data.counts.items()]

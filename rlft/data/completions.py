@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from rlft.counted import order
 from rlft.data.encode import Encoder, encode_texts
+from rlft.data.examples import Example, ExampleData, Unusable
 from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt, PromptData
-from rlft.data.source import Row, Source, check_split
+from rlft.data.source import Row, Source
 from rlft.data.table import check_messages, check_unicode
-from rlft.errors import ConfigError, DataError, nearest
-
-ON_UNUSABLE = ("error", "skip")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt with its completions (ids, none empty) and its label, where it has them."""
-
-    prompt: Prompt
-    completions: tuple[list[int], ...] = ()
-    label: int = 0  # a class, or 1 for a desirable completion and 0 for another
-    is_cut: bool = False  # whether it was longer, and shortened as the data's settings ask
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prompt with its longest completion."""
-        return len(self.prompt.ids) + max(map(len, self.completions), default=0)
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """A row of which no example can be made: the name that it is counted under, and what is wrong with it."""
-
-    reason: str
-    message: str  # begins with the row's place
+from rlft.errors import DataError, nearest
 
 
 @dataclass(frozen=True)
@@ -46,73 +21,6 @@ class _Plain:
 
     text: str
     end: list[int]
-
-
-class ExampleData(ABC):
-    """Examples split by split, tokenised at the first call.
-
-    Arguments:
-        max_tokens: the longest prompt with completion, in tokens; None: no limit but the model's context.
-        on_unusable: a row that cannot be used (too long, no text, …) is an error with its file and line ("error"), or
-            left out and counted under its reason ("skip").
-    """
-
-    kind: Kind
-    reasons: tuple[str, ...] = ("too_long",)
-
-    def __init__(self, source: Source, *, tokenizer: Encoder, max_tokens: int | None, on_unusable: str) -> None:
-        if on_unusable not in ON_UNUSABLE:
-            allowed, hint = ", ".join(ON_UNUSABLE), nearest(on_unusable, ON_UNUSABLE)
-            raise ConfigError(f"data.on_unusable is one of {allowed}, got {on_unusable!r}{hint}")
-        if max_tokens is not None and max_tokens < 2:
-            raise ConfigError(f"data.max_tokens is at least 2, or null for no limit, got {max_tokens}")
-        self.source, self.tokenizer, self.max_tokens, self.on_unusable = source, tokenizer, max_tokens, on_unusable
-        self._made: dict[str, tuple[list[Example], dict[str, int]]] = {}
-
-    @abstractmethod
-    def read(self, split: str) -> Iterator[Example | Unusable]:
-        """Yield an example for each row of a split, in the source's order."""
-
-    def examples(self, split: str) -> list[Example]:
-        """Return the examples of a split in the source's order."""
-        return self._make(split)[0]
-
-    def batch(self, step: int, *, size: int, seed: int) -> list[Example]:
-        """Return the `size` training examples of a step: a function of its arguments only, each epoch a permutation."""
-        examples, left_out = self._make("train")
-        if not examples:
-            raise DataError(f"the train split has no example ({left_out}): give more rows")
-        return [examples[index] for index in order(len(examples), seed=seed, start=step * size, count=size)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The source's counts; examples for training and validation; and rows left out of them, by reason."""
-        counts = dict(self.source.counts)
-        for split in ("train", "validation"):
-            examples, left_out = self._make(split)
-            counts[f"{split}_examples"] = len(examples)
-            for reason, number in left_out.items():
-                counts[reason] = counts.get(reason, 0) + number
-        return counts
-
-    def _make(self, split: str) -> tuple[list[Example], dict[str, int]]:
-        if check_split(split) not in self._made:
-            examples, left_out = [], dict.fromkeys(self.reasons, 0)
-            for found in map(self._fitting, self.read(split)):
-                if isinstance(found, Example):
-                    examples.append(found)
-                elif self.on_unusable == "skip":
-                    left_out[found.reason] += 1
-                else:
-                    raise DataError(f"{found.message}; data.on_unusable=skip leaves such rows out and counts them")
-            self._made[split] = examples, left_out
-        return self._made[split]
-
-    def _fitting(self, found: Example | Unusable) -> Example | Unusable:
-        if self.max_tokens is None or isinstance(found, Unusable) or found.num_tokens <= self.max_tokens:
-            return found
-        what = f"{found.num_tokens} tokens, more than data.max_tokens={self.max_tokens}"
-        return Unusable("too_long", f"{found.prompt.where}: the prompt and its completion have {what}")
 
 
 def truth(value: object) -> bool | None:
@@ -148,10 +56,12 @@ class CompletionData(ExampleData):
         self.end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         self._prompts = PromptData(source, tokenizer=tokenizer)
 
-    def read(self, split: str) -> Iterator[Example | Unusable]:
-        rows, prompts = self.source.rows(split), self._prompts.prompts(split)
-        if rows:
-            self._check_columns(rows[0])
+    def settings(self) -> list[Any]:
+        return [self.columns]
+
+    def read(self, rows: list[Row]) -> Iterator[Example | Unusable]:
+        made = zip(rows, self._prompts.whole(rows), strict=True)
+        prompts = [self._prompts.prompt(row, text, ids) for row, (text, ids) in made]
         found = [self._found(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
         plain = [
             (one.text, row.where)
@@ -172,7 +82,7 @@ class CompletionData(ExampleData):
         """Return the example as a subclass wants it, or what is wrong with it."""
         return example
 
-    def _check_columns(self, row: Row) -> None:
+    def check_columns(self, row: Row) -> None:
         for column in self.columns:
             if column not in row.columns:
                 names = list(row.columns)

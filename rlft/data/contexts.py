@@ -10,7 +10,7 @@ import torch
 from rlft.counted import generator
 from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt
-from rlft.data.source import Source
+from rlft.data.source import Source, holds_out
 from rlft.data.text import TextData
 from rlft.errors import ConfigError
 from rlft.text.tokenizer import Tokenizer
@@ -56,6 +56,8 @@ class Contexts:
         """Return the contexts of the validation blocks; a training split has a new context at each step."""
         if split != "validation":
             return []
+        if not self.holds_out:
+            return []
         if self._held_out is None:
             self._held_out = self._cut(self.text.validation(), generator(0, "held-out context"))
         return self._held_out
@@ -68,6 +70,11 @@ class Contexts:
     def source(self) -> Source:
         """Where the texts come from, as in `PromptData`."""
         return self.text.source
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the source was asked for a validation split."""
+        return holds_out(self.text)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from rlft.data.progress import reported
+from rlft.data.source import Row
 from rlft.errors import DataError
 
 CHUNK = 1024  # texts at once: bounds the memory that lists of Python integers take
@@ -28,6 +30,28 @@ class Encoder(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
     def decode(self, ids: list[int]) -> str: ...
+
+
+def tokenizer_key(tokenizer: Encoder) -> dict[str, Any]:
+    """Return what the ids of a text depend on (JSON values), for the key of what is kept."""
+    return {"tokenizer": tokenizer.fingerprint, "eos": tokenizer.eos_id}
+
+
+def chat_key(tokenizer: Encoder) -> Any:
+    """Return what the ids of a conversation depend on beside those of its text."""
+    hf = tokenizer.hf
+    return (
+        None if hf.chat_template is None else [hf.chat_template, {k: str(v) for k, v in hf.special_tokens_map.items()}]
+    )
+
+
+def in_chunks(rows: Sequence[Row], what: str) -> Iterator[tuple[int, list[Row]]]:
+    """Yield the rows, some at once, with the number of the first; a long list shows on stderr as `what`."""
+    with reported(what, len(rows), unit="texts") as advance:
+        for start in range(0, len(rows), CHUNK):
+            chunk = list(rows[start : start + CHUNK])
+            yield start, chunk
+            advance(len(chunk))
 
 
 def encode_texts(texts: Sequence[str], places: Sequence[str], *, tokenizer: Encoder) -> Iterator[list[int]]:

@@ -6,29 +6,31 @@ import csv
 import importlib
 import json
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rlft.data.source import Row, check_fractions, check_split, given_splits, split_rows
-from rlft.data.table import Table, check_file, check_inputs
+from rlft.data.rows import StoredFiles
+from rlft.data.source import Row, check_fractions
+from rlft.data.table import Paths, Table, found_files, given_inputs
 from rlft.errors import ConfigError, DataError, nearest
 
 DOCUMENTS = ("paragraphs", "lines")
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+BATCH_ROWS = 1024  # of a Parquet file, in memory at once
 
 
-class TextFile:
-    """A UTF-8 text file whose documents are lines, or paragraphs (separated by blank lines).
+class TextFile(StoredFiles):
+    """UTF-8 text files whose documents are lines, or paragraphs (separated by blank lines).
 
     Args:
-        path: the file, split by a hash of each document; or a mapping of splits to files, as `Table` describes.
+        path: the files, as `Table` describes, each document split by its hash; or a mapping of splits to files.
         documents: "paragraphs" or "lines"; blank ones are no documents.
-        validation, test: fractions of the documents, where one file is given.
+        validation, test: fractions of the documents, where the files are not split.
     """
 
     def __init__(
         self,
-        path: str | dict[str, str],
+        path: Paths,
         *,
         documents: str = "paragraphs",
         validation: float = 0.05,
@@ -38,28 +40,24 @@ class TextFile:
             allowed = ", ".join(DOCUMENTS)
             raise ConfigError(f"documents is one of {allowed}, got {documents!r}{nearest(documents, DOCUMENTS)}")
         check_fractions(validation, test)
-        self.inputs = {name: check_file(value) for name, value in check_inputs(path).items()}
+        self.inputs = {split: found_files(names) for split, names in given_inputs(path).items()}
         self.is_split = isinstance(path, dict)
         self.documents, self.validation, self.test = documents, validation, test
 
-    def rows(self, split: str) -> list[Row]:
-        """Return the documents of a split."""
-        return self._read[0][check_split(split)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Documents read, duplicates left out, and the size of each split."""
-        return dict(self._read[1])
-
-    @cached_property
-    def _read(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
-        splits = {name: list(_documents(path, self.documents)) for name, path in self.inputs.items()}
-        num_rows = sum(map(len, splits.values()))
-        if self.is_split:
-            clean, counts = given_splits(splits)
-        else:
-            clean, counts = split_rows(splits["train"], validation=self.validation, test=self.test)
-        return clean, {"rows": num_rows, **counts}
+    def read(self, split: str) -> Iterator[Row]:
+        for name in self.inputs[split]:
+            held: list[str] = []
+            place = ""
+            for where, data in self.lines(Path(name)):
+                line = _decode(data, where)
+                if line.strip():
+                    place = place if held else where
+                    held.append(line.rstrip("\r\n"))
+                if held and (self.documents == "lines" or not line.strip()):
+                    yield Row("\n".join(held), {}, place)
+                    held = []
+            if held:
+                yield Row("\n".join(held), {}, place)
 
 
 class Jsonl(Table):
@@ -67,31 +65,65 @@ class Jsonl(Table):
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield the object of each line."""
-        for where, line in _lines(check_file(path)):
+        for where, line in self.lines(Path(path)):
             if line.strip():
                 yield where, _json(line, where)
 
 
 class Csv(Table):
-    """CSV with a header line, UTF-8; every value is a string. Arguments as for `Table`."""
+    """Values between separators, with a header line, UTF-8; every value is a string.
+
+    Arguments beside `Table`'s: delimiter, what separates the values: a character, or comma, semicolon, tab or pipe.
+    """
+
+    def __init__(
+        self,
+        path: Paths,
+        *,
+        delimiter: str = "comma",
+        prompt_column: str = "prompt",
+        on_bad_row: str = "error",
+        validation: float = 0.05,
+        test: float = 0.05,
+    ) -> None:
+        super().__init__(path, prompt_column=prompt_column, on_bad_row=on_bad_row, validation=validation, test=test)
+        self.delimiter = DELIMITERS.get(delimiter, "\t" if delimiter == "\\t" else delimiter)
+        if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
+            raise ConfigError(
+                f"data.source.delimiter={delimiter!r} is one character (no quotation mark, no end of a line), or one "
+                f"of {', '.join(DELIMITERS)}{nearest(delimiter, DELIMITERS)}"
+            )
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield the values of each row by the names of the header."""
-        file = check_file(path)
-        reader = csv.reader((_decode(line, where) for where, line in _lines(file)), strict=True)
-        header = _next(reader, file)
+        lines = (_decode(line, where) for where, line in self.lines(Path(path)))
+        reader = csv.reader(lines, strict=True, delimiter=self.delimiter)
+        header = _next(reader, path)
         if header is None:
             return
+        self._check_delimiter(header, path)
         repeated = sorted({name for name in header if header.count(name) > 1})
         if repeated:
-            raise DataError(f"{file}:1: the header names {', '.join(repeated)} twice: rename one")
+            raise DataError(f"{path}:1: the header names {', '.join(repeated)} twice: rename one")
         first = reader.line_num + 1
-        while (values := _next(reader, file)) is not None:
-            where, first = f"{file}:{first}", reader.line_num + 1
+        while (values := _next(reader, path)) is not None:
+            where, first = f"{path}:{first}", reader.line_num + 1
             if len(values) == len(header):
                 yield where, dict(zip(header, values, strict=True))
             elif values:
                 yield where, DataError(f"{where}: {len(values)} values for the {len(header)} columns of the header")
+
+    def _check_delimiter(self, header: list[str], path: str) -> None:
+        """Raise `DataError` for a header that another separator seems to cut, and this one does not."""
+        if self.prompt_column in header:
+            return
+        for name, delimiter in DELIMITERS.items():
+            columns = next(csv.reader([self.delimiter.join(header)], delimiter=delimiter), [])
+            if self.prompt_column in columns or (len(header) == 1 < len(columns)):
+                raise DataError(
+                    f"{path}:1: the file seems to be separated by {name}s ({', '.join(columns)}), and is read by "
+                    f"{self.delimiter!r}: set data.source.delimiter={name}"
+                )
 
 
 class Parquet(Table):
@@ -99,7 +131,7 @@ class Parquet(Table):
 
     def __init__(
         self,
-        path: str | dict[str, str],
+        path: Paths,
         *,
         prompt_column: str = "prompt",
         on_bad_row: str = "error",
@@ -111,13 +143,14 @@ class Parquet(Table):
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield each row of the file."""
-        file = check_file(path)
+        number = 0
         try:
-            table = self._parquet.read_table(file)
+            for batch in self._parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS):
+                self._advance(batch.nbytes)  # of memory; on disk they are fewer
+                for number, record in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  it goes on counting
+                    yield f"{path}:{number}", record
         except (self._pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{file}: not a Parquet file that can be read: {error}") from error
-        for number, record in enumerate(table.to_pylist(), 1):
-            yield f"{file}:{number}", record
+            raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
 
 
 class HuggingFaceData(Table):
@@ -138,7 +171,7 @@ class HuggingFaceData(Table):
         path: str,
         *,
         name: str | None = None,
-        split: str | dict[str, str] = "train",
+        split: Paths = "train",
         prompt_column: str = "prompt",
         on_bad_row: str = "error",
         validation: float = 0.05,
@@ -147,9 +180,18 @@ class HuggingFaceData(Table):
         super().__init__(split, prompt_column=prompt_column, on_bad_row=on_bad_row, validation=validation, test=test)
         self.path, self.name = path, name
         self._datasets = _extra("datasets")
+        self._loaded: dict[str, Any] = {}
 
-    def check_input(self, path: str) -> None:
+    def expanded(self, names: list[str]) -> list[str]:
         """Accept any name of a split: the data set knows which there are."""
+        return names
+
+    def input_key(self, name: str) -> Any:
+        """Return the fingerprint by which `datasets` itself knows the split: of its files and what was done to them."""
+        return self._load(name)._fingerprint
+
+    def input_bytes(self, name: str) -> int:
+        return self._load(name).size_in_bytes or 0
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield each row of one split of the data set."""
@@ -157,6 +199,11 @@ class HuggingFaceData(Table):
             yield f"{self.path}[{path}]:{number}", record
 
     def _load(self, split: str) -> Any:
+        if split not in self._loaded:
+            self._loaded[split] = self._loaded_from_disk(split)
+        return self._loaded[split]
+
+    def _loaded_from_disk(self, split: str) -> Any:
         directory = Path(self.path).expanduser()
         try:
             if (directory / "dataset_dict.json").is_file():
@@ -183,28 +230,6 @@ def _extra(module: str) -> Any:
         ) from error
 
 
-def _documents(path: Path, documents: str) -> Iterator[Row]:
-    held: list[str] = []
-    place = ""
-    for where, data in _lines(path):
-        line = _decode(data, where)
-        if line.strip():
-            place = place if held else where
-            held.append(line.rstrip("\r\n"))
-        if held and (documents == "lines" or not line.strip()):
-            yield Row("\n".join(held), {}, place)
-            held = []
-    if held:
-        yield Row("\n".join(held), {}, place)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield each line of a file with its place; the byte order mark of the first is dropped."""
-    with path.open("rb") as file:
-        for number, data in enumerate(file, 1):
-            yield f"{path}:{number}", data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data
-
-
 def _decode(data: bytes, where: str) -> str:
     try:
         return data.decode()
@@ -222,7 +247,7 @@ def _json(data: bytes, where: str) -> Any:
         return DataError(f"{where}: not JSON: {error}")
 
 
-def _next(reader: Any, file: Path) -> list[str] | None:
+def _next(reader: Any, file: str) -> list[str] | None:
     try:
         return next(reader, None)
     except csv.Error as error:

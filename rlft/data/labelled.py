@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from rlft.data.completions import CompletionData, Example, ExampleData, Unusable, truth
+from rlft.cache import key_of
+from rlft.data.completions import CompletionData, truth
 from rlft.data.encode import Encoder, encode_texts
+from rlft.data.examples import Example, ExampleData, StoredExamples, Unusable
 from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt
 from rlft.data.source import Row, Source
+from rlft.data.store import stored
 from rlft.errors import ConfigError, DataError, nearest
 
 
@@ -49,6 +52,13 @@ class LabelledData(ExampleData):
     @cached_property
     def classes(self) -> list[str]:
         """The classes' names, by their index."""
+        source = key_of(self.source)
+        if source is None:
+            return self._classes()
+        key = {"source": source, "label": self.label_column}
+        return stored("classes", key, lambda writer: {"classes": self._classes()}).meta["classes"]
+
+    def _classes(self) -> list[str]:
         rows = self.source.rows("train")
         if rows and self.label_column not in rows[0].columns:
             names = list(rows[0].columns)
@@ -64,11 +74,13 @@ class LabelledData(ExampleData):
     @property
     def counts(self) -> dict[str, int]:
         """As for `ExampleData`, with the number of texts that were cut."""
-        held = [example for split in ("train", "validation") for example in self.examples(split)]
-        return super().counts | {"truncated": sum(example.is_cut for example in held)}
+        held = [self.examples(split) for split in ("train", "validation")]
+        return super().counts | {"truncated": sum(map(_num_cut, held))}
 
-    def read(self, split: str) -> Iterator[Example | Unusable]:
-        rows = self.source.rows(split)
+    def settings(self) -> list[Any]:
+        return [self.label_column, self.truncate]
+
+    def read(self, rows: list[Row]) -> Iterator[Example | Unusable]:
         encoded = encode_texts([row.text for row in rows], [row.where for row in rows], tokenizer=self.tokenizer)
         index = {name: i for i, name in enumerate(self.classes)}
         for row, ids in zip(rows, encoded, strict=True):
@@ -120,6 +132,9 @@ class UnpairedData(CompletionData):
         )  # fmt: skip
         self.label_column = label_column
 
+    def settings(self) -> list[Any]:
+        return [*super().settings(), self.label_column]
+
     def example(self, example: Example) -> Example | Unusable:
         value = example.prompt.columns.get(self.label_column)
         is_desirable = truth(value)
@@ -127,6 +142,12 @@ class UnpairedData(CompletionData):
             what = f"{self.label_column!r} is true (desirable) or false, got {value!r}"
             return Unusable("no_label", f"{example.prompt.where}: {what}")
         return replace(example, label=int(is_desirable))
+
+
+def _num_cut(examples: Sequence[Example]) -> int:
+    if isinstance(examples, StoredExamples):
+        return int(examples.is_cut.sum())
+    return sum(example.is_cut for example in examples)
 
 
 def _is_whole(name: str) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
-from rlft.data.completions import CompletionData, Example, Unusable
+from rlft.data.completions import CompletionData
 from rlft.data.encode import Encoder
+from rlft.data.examples import Example, Unusable
 from rlft.data.kinds import Kind
 from rlft.data.source import Source
 from rlft.errors import DataError
@@ -45,6 +47,22 @@ class PreferenceData(CompletionData):
         if chosen == rejected:
             return Unusable("equal", f"{example.prompt.where}: the chosen and the rejected completion are equal")
         return example
+
+
+def has_margins(data: PreferenceData) -> bool:
+    """Return whether the pairs of the training and the validation split have margins.
+
+    Raises `DataError` for a margin that is not a finite number, one that is missing among them. All rows of a source
+    have the same columns, so that pairs without margins are not read for it.
+    """
+    splits = [data.examples(split) for split in ("train", "validation")]
+    if not any(MARGIN in split[0].prompt.columns for split in splits if split):
+        return False
+    is_given = {example.prompt.columns.get(MARGIN) is not None for example in chain(*splits)}
+    if True in is_given:
+        for example in chain(*splits):
+            _number(example.prompt.columns.get(MARGIN), example)
+    return True in is_given
 
 
 def margins(examples: list[Example]) -> list[float] | None:

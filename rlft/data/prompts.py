@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from rlft.cache import key_of
 from rlft.counted import order
-from rlft.data.encode import Encoder, encode_texts
+from rlft.data.encode import Encoder, chat_key, encode_texts, in_chunks, tokenizer_key
 from rlft.data.kinds import Kind
-from rlft.data.source import Row, Source, check_split
+from rlft.data.source import Row, Source, check_split, holds_out
+from rlft.data.store import Lazy, Store, Writer, stored
 from rlft.errors import ConfigError, DataError, nearest
 
 ON_LONG = ("error", "skip")
@@ -27,6 +32,54 @@ class Prompt:
     columns: dict[str, Any]
     where: str
     messages: tuple[dict[str, str], ...] | None = None
+
+
+class StoredPrompts(Lazy[Prompt]):
+    """Prompts in the store, each made when it is asked for; `rows` gives the rows that they are made from.
+
+    Attributes:
+        lengths: tokens of each, int64 [N].
+    """
+
+    def __init__(self, store: Store, rows: Callable[[], Sequence[Row]]) -> None:
+        self.store, self._rows = store, rows
+        self.lengths = store.lengths("ids")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def item(self, index: int) -> Prompt:
+        row = self._rows()[int(self.store.arrays["row"][index])]
+        ids = self.store.row("ids", index).tolist()
+        if self.store.arrays["is_whole"][index]:
+            return Prompt(row.text, ids, row.columns, row.where, row.messages)
+        text = self.store.row("text", index).tobytes().decode()
+        return Prompt(text, ids, row.columns, row.where, row.messages)
+
+
+def prompt_columns(writer: Writer) -> Callable[[int, Row, Prompt], None]:
+    """Return what writes a prompt of a row, whose number in the split it is given, for `StoredPrompts`."""
+    numbers, ids, text, is_whole = (
+        writer.column("row", "int64"),
+        writer.ragged("ids", "int32"),
+        writer.ragged("text"),
+        writer.column("is_whole", "uint8"),
+    )
+
+    def write(number: int, row: Row, prompt: Prompt) -> None:
+        numbers.append(number)
+        ids(prompt.ids)
+        is_whole.append(prompt.text == row.text)  # the row has it
+        text(b"" if prompt.text == row.text else prompt.text.encode())
+
+    return write
+
+
+def prompt_lengths(prompts: Sequence[Prompt]) -> np.ndarray:
+    """Return the number of tokens of each prompt, int64 [N], without making those that are in the store."""
+    if isinstance(prompts, StoredPrompts):
+        return prompts.lengths
+    return np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64)
 
 
 class PromptData:
@@ -73,10 +126,14 @@ class PromptData:
             raise ConfigError(f"on_long is one of {', '.join(ON_LONG)}, got {on_long!r}{nearest(on_long, ON_LONG)}")
         self.source, self.tokenizer = source, tokenizer
         self.prompt_tokens, self.max_prompt_tokens, self.on_long = prompt_tokens, max_prompt_tokens, on_long
-        self._made: dict[str, tuple[list[Prompt], dict[str, int]]] = {}
+        self._made: dict[str, tuple[Sequence[Prompt], dict[str, int]]] = {}
 
-    def prompts(self, split: str) -> list[Prompt]:
-        """Return the prompts of a split in the source's order; they are tokenised at the first call."""
+    def prompts(self, split: str) -> Sequence[Prompt]:
+        """Return the prompts of a split in the source's order.
+
+        They are tokenised at the first call, and kept in the cache directory where the source has a key: a `Prompt` is
+        then made when it is asked for, and a million of them take no memory.
+        """
         return self._make(split)[0]
 
     def batch(self, step: int, *, size: int, seed: int) -> list[Prompt]:
@@ -85,6 +142,11 @@ class PromptData:
         if not prompts:
             raise DataError(f"the train split has no prompt ({self._make('train')[1]}): give more rows or shorter ones")
         return [prompts[index] for index in order(len(prompts), seed=seed, start=step * size, count=size)]
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the source was asked for a validation split."""
+        return holds_out(self.source)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -97,32 +159,68 @@ class PromptData:
                 counts[reason] = counts.get(reason, 0) + number
         return counts
 
-    def _make(self, split: str) -> tuple[list[Prompt], dict[str, int]]:
+    def _make(self, split: str) -> tuple[Sequence[Prompt], dict[str, int]]:
         if check_split(split) not in self._made:
-            rows = self.source.rows(split)
-            make = self._whole if self.prompt_tokens is None else self._openings
-            self._made[split] = make(rows)
-            if split == "train" and self.prompt_tokens is not None:
-                self._made[split] = self._without_held_out(*self._made[split])
+            key = self._key(split)
+            if key is None:
+                counts: dict[str, int] = {}
+                self._made[split] = [prompt for _, _, prompt in self._read(split, counts)], counts
+            else:
+                store = stored("prompts", key, lambda writer: self._write(writer, split))
+                self._made[split] = StoredPrompts(store, lambda: self.source.rows(split)), store.meta["counts"]
         return self._made[split]
 
-    def _without_held_out(self, prompts: list[Prompt], counts: dict[str, int]) -> tuple[list[Prompt], dict[str, int]]:
-        """Leave out the openings that a held-out text has too: whole texts are split, and openings may agree."""
-        held_out = {tuple(prompt.ids) for split in ("validation", "test") for prompt in self._make(split)[0]}
-        kept = [prompt for prompt in prompts if tuple(prompt.ids) not in held_out]
-        return kept, counts | {"leaked_openings": len(prompts) - len(kept)}
+    def _key(self, split: str) -> dict[str, Any] | None:
+        """Return all that the prompts of a split depend on; None where the source cannot be told from another."""
+        source = key_of(self.source)
+        if source is None:
+            return None
+        settings = [self.prompt_tokens, self.max_prompt_tokens, self.on_long]
+        chat = None if self.prompt_tokens is not None else chat_key(self.tokenizer)
+        return {"source": source, "split": split, "settings": settings, **tokenizer_key(self.tokenizer), "chat": chat}
 
-    def _openings(self, rows: list[Row]) -> tuple[list[Prompt], dict[str, int]]:
+    def _write(self, writer: Writer, split: str) -> dict[str, Any]:
+        counts: dict[str, int] = {}
+        write = prompt_columns(writer)
+        for number, row, prompt in self._read(split, counts):
+            write(number, row, prompt)
+        return {"counts": counts}
+
+    def _read(self, split: str, counts: dict[str, int]) -> Iterator[tuple[int, Row, Prompt]]:
+        """Yield each prompt with its row and the row's number in the split; add to `counts` what is left out."""
+        counts |= {"too_short" if self.prompt_tokens is not None else "too_long": 0, "empty": 0}
+        make = self.whole if self.prompt_tokens is None else self._openings
+        held_out: set[tuple[int, ...]] = set()
+        if split == "train" and self.prompt_tokens is not None:  # whole texts are split, and openings may agree
+            counts["leaked_openings"] = 0
+            held_out = {tuple(prompt.ids) for name in ("validation", "test") for prompt in self.prompts(name)}
+        for start, rows in in_chunks(self.source.rows(split), "tokenising prompts"):
+            for number, (row, made) in enumerate(zip(rows, make(rows), strict=True), start):
+                if made is None:
+                    counts["too_short"] += 1
+                    continue
+                text, ids = made
+                if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
+                    if self.on_long == "error":
+                        raise DataError(
+                            f"{row.where}: the prompt has {len(ids)} tokens, more than max_prompt_tokens="
+                            f"{self.max_prompt_tokens}: raise it, or set on_long=skip to leave long prompts out"
+                        )
+                    counts["too_long"] += 1
+                    continue
+                counts["empty"] += not ids
+                prompt = self.prompt(row, text, ids)
+                if tuple(prompt.ids) in held_out:
+                    counts["leaked_openings"] += 1
+                else:
+                    yield number, row, prompt
+
+    def _openings(self, rows: list[Row]) -> Iterator[tuple[str, list[int]] | None]:
+        """Yield the text and the ids of each row's opening, None for a row that is too short to have one."""
         assert self.prompt_tokens is not None
-        prompts, counts = [], {"too_short": 0, "empty": 0}
-        for row, ids in zip(rows, self._first_ids(rows, self.prompt_tokens + 1), strict=True):
-            if len(ids) <= self.prompt_tokens:
-                counts["too_short"] += 1
-                continue
-            ids = ids[: self.prompt_tokens]
-            counts["empty"] += not ids
-            prompts.append(self._prompt(row, self.tokenizer.decode(ids), ids))
-        return prompts, counts
+        for ids in self._first_ids(rows, self.prompt_tokens + 1):
+            opening = ids[: self.prompt_tokens]
+            yield None if len(ids) <= self.prompt_tokens else (self.tokenizer.decode(opening), opening)
 
     def _first_ids(self, rows: list[Row], num_tokens: int) -> list[list[int]]:
         """Return at least the first `num_tokens` ids of each row, or all that it has.
@@ -143,25 +241,15 @@ class PromptData:
                 found[i] = next(encode_texts([rows[i].text], [rows[i].where], tokenizer=self.tokenizer))
         return found
 
-    def _whole(self, rows: list[Row]) -> tuple[list[Prompt], dict[str, int]]:
+    def whole(self, rows: list[Row]) -> Iterator[tuple[str, list[int]]]:
+        """Yield the text and the ids of each row, rendered where it is a conversation."""
         plain = [row for row in rows if row.messages is None]
         encoded = encode_texts([row.text for row in plain], [row.where for row in plain], tokenizer=self.tokenizer)
-        prompts, counts = [], {"too_long": 0, "empty": 0}
         for row in rows:
-            text, ids = (row.text, next(encoded)) if row.messages is None else self._rendered(row)
-            if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
-                if self.on_long == "error":
-                    raise DataError(
-                        f"{row.where}: the prompt has {len(ids)} tokens, more than max_prompt_tokens="
-                        f"{self.max_prompt_tokens}: raise it, or set on_long=skip to leave long prompts out"
-                    )
-                counts["too_long"] += 1
-                continue
-            counts["empty"] += not ids
-            prompts.append(self._prompt(row, text, ids))
-        return prompts, counts
+            yield (row.text, next(encoded)) if row.messages is None else self._rendered(row)
 
-    def _prompt(self, row: Row, text: str, ids: list[int]) -> Prompt:
+    def prompt(self, row: Row, text: str, ids: list[int]) -> Prompt:
+        """Return a prompt of these ids; where there are none, the end-of-text token."""
         if not ids:
             if self.tokenizer.eos_id is None:
                 raise DataError(

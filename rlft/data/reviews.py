@@ -10,11 +10,12 @@ from __future__ import annotations
 import csv
 import html
 import re
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from rlft.data.source import Row, check_fractions, check_split, split_rows
+from rlft.data.rows import StoredFiles
+from rlft.data.source import Row, check_fractions
 from rlft.errors import ConfigError, DataError, nearest
 
 SOURCES = ("all", "imdb", "rotten_tomatoes")
@@ -22,7 +23,7 @@ _NUMBERED = re.compile(r"&#\d+;")
 _WINDOWS = re.compile("[\x80-\x9f]")
 
 
-class Reviews:
+class Reviews(StoredFiles):
     """Film reviews, each with the columns `label` (1 positive, 0 negative) and `source` (imdb or rotten_tomatoes).
 
     Args:
@@ -39,28 +40,22 @@ class Reviews:
             raise ConfigError(f"source is one of {', '.join(SOURCES)}, got {source!r}{nearest(source, SOURCES)}")
         check_fractions(validation, test)
         self.source, self.validation, self.test = source, validation, test
-        self._path = _find()
+        self.inputs, self.is_split = {"train": [str(_find())]}, False
 
-    def rows(self, split: str) -> list[Row]:
-        """Return the reviews of a split, in the order of their hashes."""
-        return self._read[0][check_split(split)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Rows of the chosen source, duplicates dropped, and the size of each split."""
-        return dict(self._read[1])
-
-    @cached_property
-    def _read(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
-        rows = []
-        with open(self._path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
+    def read(self, split: str) -> Iterator[Row]:
+        """Yield the reviews of the chosen source."""
+        (path,) = map(Path, self.inputs[split])
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(self._advancing(file))
             for record in reader:
                 if self.source in ("all", record["source"]):
                     columns = {"label": int(record["label"]), "source": record["source"]}
-                    rows.append(Row(clean(record["text"]), columns, f"{self._path.name}:{reader.line_num}"))
-        splits, counts = split_rows(rows, validation=self.validation, test=self.test)
-        return splits, {"rows": len(rows), **counts}
+                    yield Row(clean(record["text"]), columns, f"{path.name}:{reader.line_num}")
+
+    def _advancing(self, lines: Iterable[str]) -> Iterator[str]:
+        for line in lines:
+            self._advance(len(line))
+            yield line
 
 
 def clean(text: str) -> str:

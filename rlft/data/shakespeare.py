@@ -58,6 +58,11 @@ class Shakespeare:
         """Texts in all, those left out, and the size of each split, in texts."""
         return dict(self._read[1])
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether a validation split was asked for."""
+        return self.validation > 0
+
     @cached_property
     def _read(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
         path = _downloaded() if self.path is None else self.path

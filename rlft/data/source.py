@@ -1,19 +1,24 @@
 """What a data set is made of: rows of text, each in exactly one of three splits.
 
 The split of a text is a function of the text alone (a hash), so it depends neither on the order of the rows nor on
-what else the file holds: a text added later moves no other text from train to test.
+what else the file holds: a text added later moves no other text from train to test. The hash is of the text with each
+run of white space as one space, so that texts which differ in white space alone are never in two splits; they are
+duplicates only where they are equal.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from rlft.errors import ConfigError, nearest
 
 SPLITS = ("train", "validation", "test")
+HASH_BYTES = 32  # of SHA-256
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,28 @@ class Row:
 
 
 class Source(Protocol):
-    """A data set that can be read split by split; `counts` says how many rows it has, dropped and kept."""
+    """A data set that can be read split by split; `counts` says how many rows it has, dropped and kept.
+
+    A source may also have a `key` (`rlft.cache.Keyed`); what is made of its rows is then kept in the cache directory.
+    """
 
     @property
     def counts(self) -> dict[str, int]: ...
 
-    def rows(self, split: str) -> list[Row]: ...
+    def rows(self, split: str) -> Sequence[Row]: ...
+
+
+@runtime_checkable
+class HoldsOut(Protocol):
+    """A source, or the data made of it, that says whether rows were asked to be held out for the evaluation."""
+
+    @property
+    def holds_out(self) -> bool: ...
+
+
+def holds_out(data: Any) -> bool:
+    """Return whether a source, or the data made of it, was asked for a validation split; one that does not say was."""
+    return data.holds_out if isinstance(data, HoldsOut) else True
 
 
 def check_split(split: str) -> str:
@@ -56,13 +77,25 @@ def check_fractions(validation: float, test: float) -> None:
 
 
 def normalised(text: str) -> str:
-    """Return the text with each run of white space as one space: two texts are the same where these are equal."""
+    """Return the text with each run of white space as one space: what the split of a text depends on."""
     return " ".join(text.split())
 
 
 def split_of(text: str, *, validation: float = 0.05, test: float = 0.05) -> str:
     """Return the split of a text: by the SHA-256 of its normalised form, read as a number in [0, 1)."""
-    return _split_of_digest(_digest(text), validation, test)
+    number = int.from_bytes(text_digest(text)[:8], "big") / 2**64
+    if number < test:
+        return "test"
+    return "validation" if number < test + validation else "train"
+
+
+def text_digest(text: str) -> bytes:
+    """Return the SHA-256 of the normalised text."""
+    return sha256(normalised(text))
+
+
+def sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def split_rows(
@@ -70,59 +103,73 @@ def split_rows(
     *,
     validation: float = 0.05,
     test: float = 0.05,
-    key: Callable[[Row], Hashable] | None = None,
+    mark: Callable[[Row], bytes] = lambda row: sha256(row.text),
 ) -> tuple[dict[str, list[Row]], dict[str, int]]:
     """Return the rows without duplicates by split, each split in the order of its hashes, and the counts.
 
-    The order of the hashes mixes a file that is sorted (say by label), so that the first 200 rows of a split are a
-    fair sample of it. Of duplicates the first is kept; `key` says what makes two rows the same (default: the
-    normalised text). Counts: `duplicates`, and one for each split.
+    `mark` is a hash of what makes two rows the same (default: the text). Counts: `duplicates`, and one for each split.
     """
-    check_fractions(validation, test)
     rows = list(rows)
-    digests = [_digest(row.text) for row in rows]
-    keep = _firsts(digests if key is None else [key(row) for row in rows])
-    splits: dict[str, list[Row]] = {name: [] for name in SPLITS}
-    for index in sorted(keep, key=digests.__getitem__):
-        splits[_split_of_digest(digests[index], validation, test)].append(rows[index])
-    return splits, {"duplicates": len(rows) - len(keep), **{name: len(splits[name]) for name in SPLITS}}
+    order, counts = split_order(
+        b"".join(text_digest(row.text) for row in rows), b"".join(map(mark, rows)), validation=validation, test=test
+    )
+    return {name: [rows[i] for i in places] for name, places in order.items()}, counts
 
 
 def given_splits(
-    splits: dict[str, list[Row]], *, key: Callable[[Row], Hashable] | None = None
+    splits: dict[str, list[Row]], *, mark: Callable[[Row], bytes] = lambda row: sha256(row.text)
 ) -> tuple[dict[str, list[Row]], dict[str, int]]:
     """Return splits that a user made, in their own order, without duplicates and with no text in two of them.
 
     A text that is in test leaves validation and train, one that is in validation leaves train, counted as `leaked`.
     """
-    seen: set[bytes] = set()
-    clean: dict[str, list[Row]] = {}
-    counts = {"duplicates": 0, "leaked": 0}
-    for name in reversed(SPLITS):
-        rows = splits.get(name, [])
-        digests = [_digest(row.text) for row in rows]
-        keep = _firsts(digests if key is None else [key(row) for row in rows])
-        clean[name] = [rows[index] for index in keep if digests[index] not in seen]
+    rows = [row for name in SPLITS for row in splits.get(name, [])]
+    order, counts = given_order(
+        b"".join(text_digest(row.text) for row in rows),
+        b"".join(map(mark, rows)),
+        np.repeat(range(len(SPLITS)), [len(splits.get(name, [])) for name in SPLITS]),
+    )
+    return {name: [rows[i] for i in places] for name, places in order.items()}, counts
+
+
+def split_order(
+    digests: bytes, marks: bytes, *, validation: float, test: float
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Return which rows, by their numbers, make up each split, int64, and the counts, as `split_rows` says.
+
+    The order of the hashes mixes a file that is sorted (say by label), so that the first 200 rows of a split are a
+    fair sample of it. Of duplicates the first is kept. `digests` and `marks` are the rows' hashes, 32 bytes each, of
+    their normalised texts and of what makes two rows the same.
+    """
+    check_fractions(validation, test)
+    texts = _hashes(digests)
+    keep = _firsts(_hashes(marks))
+    keep = keep[np.argsort(texts[keep], kind="stable")]
+    number = np.frombuffer(digests, dtype=">u8")[keep * (HASH_BYTES // 8)] / 2.0**64
+    is_test, is_held_out = number < test, number < test + validation
+    order = {"train": keep[~is_test & ~is_held_out], "validation": keep[~is_test & is_held_out], "test": keep[is_test]}
+    return order, {"duplicates": len(texts) - len(keep), **{name: len(order[name]) for name in SPLITS}}
+
+
+def given_order(digests: bytes, marks: bytes, split: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Return which rows make up each split, and the counts, as `given_splits` says; `split` indexes `SPLITS`."""
+    texts, same = _hashes(digests), _hashes(marks)
+    seen, counts, order = texts[:0], {"duplicates": 0, "leaked": 0}, {}
+    for number, name in reversed(list(enumerate(SPLITS))):
+        rows = np.flatnonzero(split == number)
+        keep = rows[_firsts(same[rows])]
+        order[name] = keep[~np.isin(texts[keep], seen)]
         counts["duplicates"] += len(rows) - len(keep)
-        counts["leaked"] += len(keep) - len(clean[name])
-        seen.update(digests)
-    return clean, {**counts, **{name: len(clean[name]) for name in SPLITS}}
+        counts["leaked"] += len(keep) - len(order[name])
+        seen = np.concatenate([seen, texts[rows]])
+    return order, {**counts, **{name: len(order[name]) for name in SPLITS}}
 
 
-def _firsts(marks: Iterable[Hashable]) -> list[int]:
-    """Return the index of the first of each set of equal marks, ascending."""
-    first: dict[Hashable, int] = {}
-    for index, mark in enumerate(marks):
-        first.setdefault(mark, index)
-    return list(first.values())
+def _hashes(joined: bytes) -> np.ndarray:
+    """View hashes one after another as an array of one item each; as NumPy's bytes they sort as Python's do."""
+    return np.frombuffer(joined, dtype=f"S{HASH_BYTES}")
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(normalised(text).encode("utf-8", "surrogatepass")).digest()
-
-
-def _split_of_digest(digest: bytes, validation: float, test: float) -> str:
-    number = int.from_bytes(digest[:8], "big") / 2**64
-    if number < test:
-        return "test"
-    return "validation" if number < test + validation else "train"
+def _firsts(marks: np.ndarray) -> np.ndarray:
+    """Return the index of the first of each set of equal marks, ascending, int64."""
+    return np.sort(np.unique(marks, return_index=True)[1]).astype(np.int64)

@@ -7,29 +7,32 @@ out: it is what the two share (TRL's implicit prompt).
 
 from __future__ import annotations
 
+import glob
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rlft.data.source import SPLITS, Row, check_fractions, check_split, given_splits, split_rows
+from rlft.data.rows import StoredFiles
+from rlft.data.source import SPLITS, Row, check_fractions, check_split, sha256
 from rlft.errors import ConfigError, DataError, nearest
 
+Paths = str | list[str] | dict[str, str | list[str]]  # of the inputs, or of those of each split
 ON_BAD_ROW = ("error", "skip")
 RESERVED = ("prompts", "completions", "completion_ids")  # keywords that a reward is called with already
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
-class Table(ABC):
+class Table(StoredFiles):
     """Base of the sources that read records; a subclass says how one of its inputs is read.
 
     Args:
-        path: where the records are. One input is split by a hash of the text (`validation` and `test` are fractions
+        path: where the records are: a file, several (a list, or a pattern such as `shards/*.jsonl`, whose files come
+            in the order of their names). They are split by a hash of the text (`validation` and `test` are fractions
             of the rows), and each split comes in the order of the hashes. A mapping such as `{train: a, validation:
-            b}` gives each split its own input, kept in its own order; a text that is in two of them stays in the later
-            one only, counted as `leaked`.
+            b}` gives each split its own inputs, kept in their own order; a text that is in two of them stays in the
+            later one only, counted as `leaked`.
         prompt_column: the column that holds the text.
         on_bad_row: a row that cannot be read is an error with its file and line ("error"), or left out and counted
             ("skip").
@@ -41,7 +44,7 @@ class Table(ABC):
 
     def __init__(
         self,
-        path: str | dict[str, str],
+        path: Paths,
         *,
         prompt_column: str = "prompt",
         on_bad_row: str = "error",
@@ -52,74 +55,79 @@ class Table(ABC):
             allowed = ", ".join(ON_BAD_ROW)
             raise ConfigError(f"on_bad_row is one of {allowed}, got {on_bad_row!r}{nearest(on_bad_row, ON_BAD_ROW)}")
         check_fractions(validation, test)
-        self.inputs = check_inputs(path)
-        for value in self.inputs.values():
-            self.check_input(value)
+        self.inputs = {split: self.expanded(names) for split, names in given_inputs(path).items()}
         self.is_split = isinstance(path, dict)
         self.prompt_column, self.on_bad_row = prompt_column, on_bad_row
         self.validation, self.test = validation, test
 
-    def rows(self, split: str) -> list[Row]:
-        """Return the rows of a split."""
-        return self._read[0][check_split(split)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Rows read, bad rows skipped, duplicates left out, and the size of each split."""
-        return dict(self._read[1])
-
     @property
     def num_skipped(self) -> int:
         """How many bad rows were left out."""
-        return self._read[1]["skipped"]
+        return self.counts["skipped"]
 
-    def check_input(self, path: str) -> None:
-        """Raise `ConfigError` unless the input, a file, exists."""
-        check_file(path)
+    def expanded(self, names: list[str]) -> list[str]:
+        """Return the inputs that are named, or raise `ConfigError` for one that does not exist."""
+        return found_files(names)
 
     @abstractmethod
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
-        """Yield each record of one input with its place; a `DataError` in place of one that cannot be read."""
+        """Yield each record of one input with its place, `name:number`; a `DataError` for one that cannot be read."""
 
-    @cached_property
-    def _read(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
-        splits: dict[str, list[Row]] = {}
-        skipped = 0
-        for name, path in self.inputs.items():
-            splits[name] = []
+    def read(self, split: str) -> Iterator[Row | None]:
+        for path in self.inputs[split]:
             for where, record in self.records(path):
                 try:
-                    splits[name].append(make_row(record, where, self.prompt_column))
+                    row = make_row(record, where, self.prompt_column)
                 except DataError:
                     if self.on_bad_row == "error":
                         raise
-                    skipped += 1
-        num_rows = skipped + sum(len(rows) for rows in splits.values())
-        if num_rows == skipped:
-            raise DataError(f"{', '.join(self.inputs.values())}: no row can be used ({skipped} bad rows skipped)")
-        splits = _with_all_columns(splits)
-        if self.is_split:
-            clean, counts = given_splits(splits, key=_identity)
-        else:
-            clean, counts = split_rows(splits["train"], validation=self.validation, test=self.test, key=_identity)
-        return clean, {"rows": num_rows, "skipped": skipped, **counts}
+                    yield None
+                else:
+                    yield row
+
+    def mark(self, row: Row) -> bytes:
+        columns = {name: value for name, value in row.columns.items() if value is not None}
+        return sha256(json.dumps([row.messages or row.text, columns], sort_keys=True, default=repr))
+
+    def counted(self, num_rows: int, num_skipped: int) -> dict[str, int]:
+        if not num_rows:
+            inputs = [name for names in self.inputs.values() for name in names]
+            listed = ", ".join(inputs[:3]) + (f" and {len(inputs) - 3} more" if len(inputs) > 3 else "")
+            raise DataError(f"{listed}: no row can be used ({num_skipped} bad rows skipped)")
+        return {"rows": num_rows + num_skipped, "skipped": num_skipped}
 
 
-def check_inputs(path: str | dict[str, str]) -> dict[str, str]:
-    """Return the inputs by split; a single one stands under `train`. Raises `ConfigError` for an unknown split."""
-    inputs = path if isinstance(path, dict) else {"train": path}
-    for name in inputs:
+def given_inputs(path: Paths) -> dict[str, list[str]]:
+    """Return the inputs of each split; what is not a mapping stands under `train`. Raises `ConfigError`."""
+    given = path if isinstance(path, dict) else {"train": path}
+    for name in given:
         check_split(name)
-    if "train" not in inputs:
+    if "train" not in given:
         raise ConfigError(f"path={path}: the train split is missing; the splits are {', '.join(SPLITS)}")
-    return {name: str(value) for name, value in inputs.items()}
+    inputs = {name: [value] if isinstance(value, str) else value for name, value in given.items()}
+    for value in inputs.values():
+        if not isinstance(value, list) or not value or not all(isinstance(one, str) and one for one in value):
+            raise ConfigError(
+                f"data.source.path={path}: give a file, a list of files, a pattern such as shards/*.jsonl, or any of "
+                f"them for each split, such as {{train: a.jsonl, validation: b.jsonl}}"
+            )
+    return inputs
 
 
-def check_file(path: str) -> Path:
-    """Return the path of a file that exists, else raise `ConfigError`."""
-    found = Path(path).expanduser()
-    if not found.is_file():
-        raise ConfigError(f"data.source.path={path}: there is no such file (looked at {found.absolute()})")
+def found_files(names: list[str]) -> list[str]:
+    """Return the files that are named, patterns replaced by their files in order; raises `ConfigError` for none."""
+    found = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_file():
+            found.append(str(path))
+        elif glob.has_magic(name):
+            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+            if not files:
+                raise ConfigError(f"data.source.path={name}: no file matches (looked for {path.absolute()})")
+            found += files
+        else:
+            raise ConfigError(f"data.source.path={name}: there is no such file (looked at {path.absolute()})")
     return found
 
 
@@ -201,17 +209,3 @@ def check_unicode(text: str, where: str, column: str) -> None:
             f"{where}: {column!r} holds a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}: "
             f"it is half of a character; mend the file"
         ) from None
-
-
-def _with_all_columns(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """Return the rows with the same columns in each: None where a row lacks one."""
-    names = dict.fromkeys(name for rows in splits.values() for row in rows for name in row.columns)
-    return {
-        split: [Row(row.text, {name: row.columns.get(name) for name in names}, row.where, row.messages) for row in rows]
-        for split, rows in splits.items()
-    }
-
-
-def _identity(row: Row) -> str:
-    """What two rows must share to be duplicates."""
-    return json.dumps([row.messages or " ".join(row.text.split()), row.columns], sort_keys=True, default=repr)

@@ -47,6 +47,7 @@ class Task:
             self._rows, self._counts = dict.fromkeys(("train", "validation", "test"), rows), {"train": len(rows)}
         else:
             self._rows, self._counts = split_rows(rows, validation=validation, test=test)
+        self.holds_out = kind == "recite" or validation > 0
 
     @property
     def counts(self) -> dict[str, int]:

@@ -6,17 +6,19 @@ token is trained on once an epoch) where nanoGPT draws block starts at random wi
 
 from __future__ import annotations
 
-import hashlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from rlft.cache import atomic_path, cache_dir
+from rlft.cache import atomic_path, cache_dir, digest, key_of, texts_digest
 from rlft.core.ranges import Size
 from rlft.counted import generator, order
-from rlft.data.encode import Encoder, encode_texts
+from rlft.data.encode import Encoder, encode_texts, in_chunks, tokenizer_key
 from rlft.data.kinds import Kind
-from rlft.data.source import Source, check_split
+from rlft.data.source import Source, check_split, holds_out
+from rlft.data.store import VERSION, Column
 from rlft.errors import ConfigError, DataError
 
 
@@ -80,6 +82,11 @@ class TextData:
             counts[f"{split}_tail_tokens"] = tokens - (blocks * self.block_size + 1) if blocks else tokens
         return counts
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether the source was asked for a validation split."""
+        return holds_out(self.source)
+
     def _blocks(self, split: str, starts: np.ndarray) -> torch.Tensor:
         tokens = self.tokens(split)
         index = (starts[:, None] + np.arange(self.block_size + 1)) % len(tokens)  # [N, block_size + 1]
@@ -88,36 +95,37 @@ class TextData:
     def _some_blocks(self, split: str) -> int:
         num_blocks = self.num_blocks(split)
         if num_blocks == 0:
+            without = ", or data.source.validation=0 to train without evaluation" if split == "validation" else ""
             raise DataError(
                 f"the {split} split has {len(self.tokens(split))} tokens, fewer than one block of "
-                f"{self.block_size} + 1: give more text, a larger share to this split, or a smaller block_size"
+                f"{self.block_size} + 1: give more text, a larger share to this split, or a smaller block_size{without}"
             )
         return num_blocks
 
     def _load(self, split: str) -> np.ndarray:
-        rows = self.source.rows(split)
-        texts, places = [row.text for row in rows], [row.where for row in rows]
-        path = cache_dir() / "tokens" / f"{self._key(texts, split)}.npy"
+        path = cache_dir() / "tokens" / f"{self._key(split)}.npy"
         if not path.is_file():
             with atomic_path(path) as temporary:
-                np.save(temporary, self._encode(texts, places), allow_pickle=False)
+                self._write(temporary, split)
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}): delete it, and it is made again") from error
 
-    def _encode(self, texts: list[str], places: list[str]) -> np.ndarray:
+    def _write(self, path: Path, split: str) -> None:
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-        parts = [np.empty(0, dtype=np.int32)]
-        for ids in encode_texts(texts, places, tokenizer=self.tokenizer):
-            parts.append(np.array(ids + end, dtype=np.int32))
-        return np.concatenate(parts)
+        tokens = Column(path, "int32")
+        for _, rows in in_chunks(self.source.rows(split), "tokenising text"):
+            texts, places = [row.text for row in rows], [row.where for row in rows]
+            for ids in encode_texts(texts, places, tokenizer=self.tokenizer):
+                tokens.extend(ids)
+                tokens.extend(end)
+        tokens.finish()
 
-    def _key(self, texts: list[str], split: str) -> str:
-        """SHA-256 (hex) of all that the token array depends on; lengths keep two lists of texts from sharing one."""
-        digest = hashlib.sha256(f"tokens 1 {split} {self.tokenizer.fingerprint} {self.tokenizer.eos_id}".encode())
-        for text in texts:
-            data = text.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "big"))
-            digest.update(data)
-        return digest.hexdigest()
+    def _key(self, split: str) -> str:
+        """Return the name of what the token array depends on: the source's key, or a hash of all its texts."""
+        source: Any = key_of(self.source)
+        if source is None:
+            rows = self.source.rows(split)
+            source = texts_digest((row.text for row in rows), len(rows))
+        return digest(version=VERSION, source=source, split=split, **tokenizer_key(self.tokenizer))

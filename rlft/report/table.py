@@ -87,6 +87,8 @@ def samples(groups: dict[str, list[Run]], count: int) -> str:
     """Return the first `count` held-out prompts with the completions before and after training, the first seed's."""
     parts = []
     for name, (run, *_) in groups.items():
+        if not run.evaluations:  # its data held nothing out
+            continue
         untouched, all_last = run.samples(0), run.samples(run.evaluations[-1]["step"])
         last = all_last[-len(untouched) :]  # an early-stopped run ends with a second evaluation, of its best policy
         lines = [f"#### {name}, seed {run.seed}", "", "| prompt | before | after |", "|---|---|---|"]

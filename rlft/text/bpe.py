@@ -6,15 +6,14 @@ Training is by the `tokenizers` library. Every text can be encoded, because the 
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rlft.cache import atomic_path, cache_dir
+from rlft.cache import atomic_path, cache_dir, digest, key_of, texts_digest
 from rlft.core.ranges import Size
 from rlft.errors import ConfigError
 from rlft.text.backend import BackendTokenizer, with_post_processor
@@ -27,8 +26,8 @@ BYTES = 256
 def trained_bpe(*, source: Any, vocab_size: Size) -> Tokenizer:
     """Return a byte-level BPE trained on the train split of `source`.
 
-    The same texts and size give the same tokenizer, bit for bit. It is kept in the cache directory under a hash of
-    both, so that only the first call trains.
+    The same texts and size give the same tokenizer, bit for bit. It is kept in the cache directory, so that only the
+    first call trains, and reads the texts where the source has a key (`rlft.cache.Keyed`).
 
     Arguments:
         source: has `rows("train")`, whose items have `text` and `where`.
@@ -42,20 +41,17 @@ def trained_bpe(*, source: Any, vocab_size: Size) -> Tokenizer:
             f"vocab_size={vocab_size}: a byte-level BPE needs at least {BYTES + 1} ids (256 bytes and {EOS}); "
             f"2000 to 8000 suit a small model"
         )
-    rows = source.rows("train")
-    for row in rows:
-        check_text(row.text, row.where)
-    texts = [row.text for row in rows]
-    path = cache_dir() / "tokenizers" / f"bpe-{vocab_size}-{_key(texts, vocab_size)}.json"
+    path = cache_dir() / "tokenizers" / f"bpe-{vocab_size}-{_key(source, vocab_size)}.json"
     if not path.exists():
-        backend = _train(texts, vocab_size)
+        rows = source.rows("train")
+        backend = _train((_checked(row) for row in rows), len(rows), vocab_size)
         with atomic_path(path) as temporary:
             backend.save(str(temporary))
     # Read back even when just trained, so that the first run and the later ones hold the same object.
     return BackendTokenizer(with_post_processor(_load(path)), eos_token=EOS)
 
 
-def _train(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _train(texts: Iterable[str], num_texts: int, vocab_size: int) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -68,7 +64,7 @@ def _train(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     reached = backend.get_vocab_size() + 1
     if reached < vocab_size:
         raise ConfigError(
-            f"vocab_size={vocab_size}: the {len(texts)} training texts give no more than {reached} tokens; "
+            f"vocab_size={vocab_size}: the {num_texts} training texts give no more than {reached} tokens; "
             f"set vocab_size={reached} or less, or give more text"
         )
     backend.add_special_tokens([EOS])
@@ -82,11 +78,15 @@ def _load(path: Path) -> tokenizers.Tokenizer:
         raise ConfigError(f"{path} is damaged ({error}); delete it, and it is trained again") from error
 
 
-def _key(texts: list[str], vocab_size: int) -> str:
-    settings = {"vocab_size": vocab_size, "eos": EOS, "tokenizers": tokenizers.__version__, "texts": len(texts)}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little"))  # so that moving a boundary between texts changes the key
-        digest.update(data)
-    return digest.hexdigest()
+def _key(source: Any, vocab_size: int) -> str:
+    """Return the name of what the tokenizer depends on: the source's key, or a hash of all its training texts."""
+    texts = key_of(source)
+    if texts is None:
+        rows = source.rows("train")
+        texts = texts_digest((_checked(row) for row in rows), len(rows))
+    return digest(vocab_size=vocab_size, eos=EOS, tokenizers=tokenizers.__version__, texts=texts)
+
+
+def _checked(row: Any) -> str:
+    check_text(row.text, row.where)
+    return row.text

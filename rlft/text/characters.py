@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
+from rlft.cache import atomic_path, cache_dir, digest, key_of
 from rlft.errors import ConfigError, DataError
 from rlft.text.backend import BackendTokenizer, with_post_processor
 from rlft.text.tokenizer import check_text
@@ -32,10 +34,7 @@ def characters(*, alphabet: str | None = None, source: Any = None) -> CharacterT
         given = "neither" if alphabet is None else "both"
         raise ConfigError(f"characters needs either alphabet or source, got {given}")
     if alphabet is None:
-        found: set[str] = set()
-        for row in source.rows("train"):
-            found.update(row.text)
-        alphabet = "".join(found)
+        alphabet = _alphabet(source)
     check_text(alphabet, "the alphabet")
     ordered = sorted(set(alphabet))
     if not ordered:
@@ -44,6 +43,25 @@ def characters(*, alphabet: str | None = None, source: Any = None) -> CharacterT
         repeated = sorted(c for c in ordered if alphabet.count(c) > 1)
         raise ConfigError(f"alphabet={alphabet!r} holds {', '.join(map(repr, repeated))} more than once; write it once")
     return CharacterTokenizer(_build(ordered), "".join(ordered))
+
+
+def _alphabet(source: Any) -> str:
+    """Return every character of the training texts; kept in the cache directory where the source has a key."""
+    key = key_of(source)
+    path = None if key is None else cache_dir() / "tokenizers" / f"alphabet-{digest(texts=key)}.json"
+    if path is not None and path.is_file():
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete it, and it is made again") from error
+    found: set[str] = set()
+    for row in source.rows("train"):
+        found.update(row.text)
+    alphabet = "".join(sorted(found))
+    if path is not None:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(alphabet))
+    return alphabet
 
 
 def _build(ordered: list[str]) -> tokenizers.Tokenizer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rlft.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -28,6 +30,16 @@ class TrainSettings:
     keep: int
     log_every: int
     profile: bool
+
+    def check_without_evaluation(self) -> None:
+        """Raise `ConfigError` for a setting that asks for evaluations, for a run whose data holds nothing out."""
+        asked = {"patience": self.patience is not None, "eval_every": self.eval_every > 0, "steps": self.steps == 0}
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} asks for an evaluation, and the data holds nothing out for one: "
+                    f"give it a validation split, by data.source.validation or as one of the splits of data.source.path"
+                )
 
 
 @dataclass

@@ -59,6 +59,8 @@ class Trainer:
                 f"steps={settings.steps} must be a multiple of the {updates} optimizer steps on a batch (algo.epochs x "
                 f"algo.minibatches), as a run ends between batches: steps={-(-settings.steps // updates) * updates}"
             )
+        if not algorithm.is_evaluated:
+            settings.check_without_evaluation()
         self.policy, self.algorithm, self.settings = policy, algorithm, settings
         self.accelerator, self.tracker, self.progress, self.clock = accelerator, tracker, progress, clock
         head = algorithm.head
@@ -93,7 +95,7 @@ class Trainer:
     def train(self, should_stop: Callable[[], bool] = lambda: False) -> str:
         """Run to the first limit and return why it ended: steps, max_minutes, max_tokens, early_stopping or signal."""
         started = time.perf_counter() - self.state.seconds
-        if not self.state.before:
+        if self.algorithm.is_evaluated and not self.state.before:
             self.state.before = self._evaluate("before training")
             self._log({"step": 0, **self.state.before, **self.clock.take()})
             if self.settings.patience is not None:  # early stopping may come back to the untouched policy
@@ -106,7 +108,8 @@ class Trainer:
             row = self.step(self.state.step)
             after_step()
             self.state.seconds = time.perf_counter() - started
-            if self._ended() is not None or self._is_due(self.settings.eval_every):
+            is_due = self._ended() is not None or self._is_due(self.settings.eval_every)
+            if self.algorithm.is_evaluated and is_due:
                 row |= self._evaluate(f"step {self.state.step}") | self.clock.take()
             self._log(row | {"wall_time": self.state.seconds})
             # A row is written before the checkpoint that counts it done: what follows a checkpoint is computed again.

@@ -117,7 +117,7 @@ class Enumeration:
         if isinstance(self.algorithm.advantage, RunningBaseline):
             self.algorithm.advantage.load_state_dict({"mean": BASELINE, "num_batches": 3})
         rollout = rollout_of(self.task, groups, self.logp)
-        self.listed.queue.append((self.algorithm.rollouts.data.prompts("train"), rollout))
+        self.listed.queue.append((list(self.algorithm.rollouts.data.prompts("train")), rollout))
         return self.algorithm.collect(0)
 
     def _by_hand(self, samples: list[list[Sample]], updates: int) -> tuple[list[Array], float]:

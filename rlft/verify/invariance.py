@@ -94,7 +94,7 @@ class Bench:
 
     def drawn(self) -> tuple[list[Prompt], Rollout]:
         """Return a batch of the policy's own."""
-        prompts = self.listed.data.prompts("train")
+        prompts = list(self.listed.data.prompts("train"))
         rollout = generate(
             self.policy, [p.ids for p in prompts], group_size=GROUP_SIZE, eos_id=self.task.tokenizer.eos_id, seed=0,
             sampling=Sampling(self.task.length, TEMPERATURE),

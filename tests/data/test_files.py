@@ -258,3 +258,87 @@ def test_wrong_arguments_are_refused_in_the_constructor(tmp_path, source):
     knob = "documents" if source is TextFile else "on_bad_row"
     with pytest.raises(ConfigError, match=f"{knob} is one of .*got 'x'"):
         source(path, **{knob: "x"})
+
+
+def shards(tmp_path):
+    for name, texts in (("b", "pq"), ("a", "rs"), ("c", "tu")):
+        write(tmp_path, "".join(f'{{"prompt": "{text}"}}\n' for text in texts), f"{name}.jsonl")
+    return tmp_path
+
+
+def test_several_files_are_one_source_in_the_order_given(tmp_path):
+    names = [str(shards(tmp_path) / f"{name}.jsonl") for name in "bca"]
+    source = Jsonl({"train": names, "test": str(tmp_path / "*.jsonl")})
+    assert [row.text for row in source.rows("test")] == list("rspqtu")  # a pattern's files, by their names
+    assert Jsonl({"train": names}).rows("train") == [
+        Row(text, {}, f"{tmp_path}/{name}.jsonl:{line}")
+        for name, line, text in zip("bbccaa", (1, 2) * 3, "pqturs", strict=True)
+    ]
+
+
+@pytest.mark.parametrize("join", [lambda d: [f"{d}/{n}.jsonl" for n in "abc"], lambda d: f"{d}/[abc].jsonl"])
+def test_files_given_together_are_split_as_one(tmp_path, join):
+    together = Jsonl(join(shards(tmp_path)), validation=0.3, test=0.3)
+    parts = [Jsonl(str(tmp_path / f"{name}.jsonl"), validation=0.3, test=0.3) for name in "abc"]
+    for split in SPLITS:
+        assert by_place(together, split) == sorted(row for part in parts for row in by_place(part, split))
+    assert together.counts["rows"] == 6
+
+
+def test_text_files_and_csv_take_patterns_too(tmp_path):
+    for name, text in (("a.txt", "one\n"), ("b.txt", "two\n"), ("a.csv", "prompt\none\n"), ("b.csv", "prompt\ntwo\n")):
+        write(tmp_path, text, name)
+    for cls, pattern in ((TextFile, "*.txt"), (Csv, "*.csv")):
+        assert sorted(row.text for row in cls(str(tmp_path / pattern), **WHOLE).rows("train")) == ["one", "two"]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
+    path = write(tmp_path, '{"prompt": "a"}\n', "[a].jsonl")
+    write(tmp_path, '{"prompt": "b"}\n', "a.jsonl")
+    assert [row.text for row in Jsonl(path, **WHOLE).rows("train")] == ["a"]
+
+
+@pytest.mark.parametrize("path", [[], 3, [3], {"train": []}, "", {"train": {"train": "a"}}, None])
+def test_a_path_that_is_none_is_refused(path):
+    for cls in (Jsonl, TextFile):
+        with pytest.raises(ConfigError, match=r"data.source.path=.*give a file, a list of files, a pattern"):
+            cls(path)
+
+
+def test_a_pattern_without_a_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no file matches"):
+        Jsonl(str(tmp_path / "*.jsonl"))
+    with pytest.raises(ConfigError, match=r"no such file .*c.jsonl"):
+        Jsonl([write(tmp_path, "{}", "a.jsonl"), str(tmp_path / "c.jsonl")])
+
+
+def test_texts_that_differ_in_white_space_alone_are_two_rows(write_jsonl):
+    texts = ["if x:\n  y", "if x:\n    y", "if x:\n  y"]
+    source = Jsonl(write_jsonl([{"prompt": text} for text in texts]), validation=0.4, test=0.3)
+    assert [row.text for split in SPLITS for row in source.rows(split)] == texts[:2]
+    assert sorted(len(source.rows(split)) for split in SPLITS) == [0, 0, 2]
+    assert source.counts["duplicates"] == 1
+
+
+@pytest.mark.parametrize(("name", "mark"), [("semicolon", ";"), ("tab", "\t"), ("pipe", "|"), ("comma", ",")])
+def test_csv_may_be_separated_by_something_else_and_says_by_what_it_seems_to_be(tmp_path, name, mark):
+    path = write(tmp_path, f'prompt{mark}answer\n"a{mark}b"{mark}1\n', "data.csv")
+    for delimiter in (name, mark):
+        assert by_place(Csv(path, delimiter=delimiter, **WHOLE)) == [("data.csv:2", f"a{mark}b", {"answer": "1"})]
+    for knob in ("error", "skip"):
+        other = Csv(path, delimiter="pipe" if name != "pipe" else "comma", on_bad_row=knob)
+        with pytest.raises(DataError, match=rf"data.csv:1: .*by {name}s \(prompt, answer\).*source.delimiter={name}$"):
+            other.rows("train")
+
+
+def test_csv_that_is_separated_as_said_is_not_suspected(tmp_path):
+    path = write(tmp_path, "a;b,prompt\n1;2,x\n", "data.csv")
+    assert [(row.text, row.columns) for row in Csv(path, **WHOLE).rows("train")] == [("x", {"a;b": "1;2"})]
+    with pytest.raises(DataError, match="there is no column 'prompt'"):
+        Csv(write(tmp_path, "a;b,c\n1;2,x\n", "other.csv")).rows("train")
+
+
+@pytest.mark.parametrize("delimiter", ["", "semicolons", '"', "\n", ",,"])
+def test_wrong_delimiter_is_refused(tmp_path, delimiter):
+    with pytest.raises(ConfigError, match=r"data.source.delimiter=.* is one character .*semicolon, tab"):
+        Csv(write(tmp_path, "prompt\na\n"), delimiter=delimiter)

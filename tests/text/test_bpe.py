@@ -82,7 +82,9 @@ def test_the_second_call_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_key_tells_apart_the_same_characters_cut_differently() -> None:
-    assert bpe._key(["ab", "c"], 300) != bpe._key(["a", "bc"], 300)
+    one, other = FakeSource(), FakeSource()
+    one.train, other.train = ["ab", "c"], ["a", "bc"]
+    assert bpe._key(one, 300) != bpe._key(other, 300)
 
 
 def test_a_damaged_cache_file_is_named(cache: Path) -> None:
