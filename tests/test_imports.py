@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("transformers", "accelerate", "httpx", "jinja2", "huggingface_hub", "numba", "llvmlite", "datasets", "pandas",
-         "matplotlib", "tiktoken", "requests")  # fmt: skip
+HEAVY = ("transformers", "accelerate", "httpx", "httpx2", "jinja2", "huggingface_hub", "numba", "llvmlite", "datasets",
+         "pandas", "matplotlib", "tiktoken", "requests")  # fmt: skip
 PROGRAM = """
 import importlib, pkgutil, sys
 import rlft.data, rlft.rewards, rlft.text
