@@ -21,8 +21,6 @@ from rlft.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from rlft.text.tokenizer import Tokenizer
 
-PARTIAL = "\N{REPLACEMENT CHARACTER}"  # a token may end within a character
-
 
 def parser() -> argparse.ArgumentParser:
     sample = Parser(
@@ -101,11 +99,10 @@ def _lines(file: str | None, *, has_prompts: bool) -> Iterator[str]:
 def _ids(text: str, tokenizer: Tokenizer, *, chat: bool, room: int) -> list[int]:
     """Return a prompt's ids: as text, or as a user's message in the tokenizer's chat template."""
     if chat:
-        from rlft.data.prompts import PromptData
+        from rlft.data.prompts import rendered
         from rlft.data.source import Row
 
-        row = Row(text, {}, "the prompt", ({"role": "user", "content": text},))
-        ids = PromptData.render(row, tokenizer)[1]
+        _, ids = rendered(Row(text, {}, "the prompt", ({"role": "user", "content": text},)), tokenizer=tokenizer)
     else:
         ids = tokenizer.encode(text)
     if not ids and tokenizer.eos_id is None:
@@ -120,22 +117,9 @@ def _print(prompt: str, drawn: Iterable[int], tokenizer: Tokenizer) -> None:
     from rlft.trainer.progress import printable
 
     print(printable(prompt), end="", flush=True)
-    for piece in pieces(drawn, tokenizer):
+    for piece in tokenizer.decode_stream(drawn):
         print(printable(piece), end="", flush=True)
     print("\n")
-
-
-def pieces(drawn: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the text of ids as they come; a character whose bytes are in several tokens comes with the last of them."""
-    ids: list[int] = []
-    shown = ""
-    for token in drawn:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith(PARTIAL):
-            yield text[len(shown) :]
-            shown = text
-    yield tokenizer.decode(ids)[len(shown) :]
 
 
 def _print_json(prompt: str, ids: list[int], tokenizer: Tokenizer) -> None:

@@ -246,7 +246,7 @@ class PromptData:
         plain = [row for row in rows if row.messages is None]
         encoded = encode_texts([row.text for row in plain], [row.where for row in plain], tokenizer=self.tokenizer)
         for row in rows:
-            yield (row.text, next(encoded)) if row.messages is None else self._rendered(row)
+            yield (row.text, next(encoded)) if row.messages is None else rendered(row, tokenizer=self.tokenizer)
 
     def prompt(self, row: Row, text: str, ids: list[int]) -> Prompt:
         """Return a prompt of these ids; where there are none, the end-of-text token."""
@@ -259,27 +259,28 @@ class PromptData:
             ids = [self.tokenizer.eos_id]
         return Prompt(text, ids, row.columns, row.where, row.messages)
 
-    def _rendered(self, row: Row) -> tuple[str, list[int]]:
-        """Return the text and the ids of a conversation."""
-        assert row.messages is not None
-        hf = self.tokenizer.hf
-        if hf.chat_template is None:
-            if len(row.messages) == 1 and row.messages[0]["role"] == "user":
-                return row.text, next(encode_texts([row.text], [row.where], tokenizer=self.tokenizer))
-            raise DataError(
-                f"{row.where}: a conversation of {len(row.messages)} messages needs a tokenizer with a chat template; "
-                f"with this one, give the prompt as a string or as a single message of the user"
-            )
-        if row.messages[-1]["role"] == "assistant":
-            raise DataError(f"{row.where}: the conversation ends with the assistant: end it with the user's message")
-        for message in row.messages:
-            for token in hf.all_special_tokens:
-                if token in message["content"]:
-                    raise DataError(f"{row.where}: a message holds the control token {token!r} as text: take it out")
-        from jinja2 import TemplateError  # here, as only conversations need it
 
-        try:
-            text = hf.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise DataError(f"{row.where}: the tokenizer's chat template refuses this conversation: {error}") from error
-        return text, hf(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+def rendered(row: Row, *, tokenizer: Encoder) -> tuple[str, list[int]]:
+    """Return the text and the ids of a conversation, by the tokenizer's chat template; raises `DataError` without one."""
+    assert row.messages is not None
+    hf = tokenizer.hf
+    if hf.chat_template is None:
+        if len(row.messages) == 1 and row.messages[0]["role"] == "user":
+            return row.text, next(encode_texts([row.text], [row.where], tokenizer=tokenizer))
+        raise DataError(
+            f"{row.where}: a conversation of {len(row.messages)} messages needs a tokenizer with a chat template; "
+            f"with this one, give the prompt as a string or as a single message of the user"
+        )
+    if row.messages[-1]["role"] == "assistant":
+        raise DataError(f"{row.where}: the conversation ends with the assistant: end it with the user's message")
+    for message in row.messages:
+        for token in hf.all_special_tokens:
+            if token in message["content"]:
+                raise DataError(f"{row.where}: a message holds the control token {token!r} as text: take it out")
+    from jinja2 import TemplateError  # here, as only conversations need it
+
+    try:
+        text = hf.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise DataError(f"{row.where}: the tokenizer's chat template refuses this conversation: {error}") from error
+    return text, hf(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]

@@ -9,11 +9,12 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlft import cli
-from rlft.cli.sample import pieces
+from rlft.models.gpt2 import GPT2
 from rlft.models.hf import HFCausalLM
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
 from rlft.rollout.stream import stream
+from rlft.text.huggingface import huggingface
 from tests.builders import TOKENIZER, tiny
 
 TINY = "package:rlft/assets/tiny"
@@ -39,24 +40,6 @@ def test_a_stream_draws_what_generate_draws(made, sampling):
         for m in range(3)
     ]
     assert streamed == whole
-
-
-class Bytes:
-    """A tokenizer of one id a byte: a character of several bytes is whole with its last one only."""
-
-    def decode(self, ids) -> str:
-        return bytes(ids).decode(errors="replace")
-
-
-@pytest.mark.parametrize("text", ["film", "naïve", "日本 🎬!", ""])
-def test_pieces_are_whole_characters_and_add_up_to_the_text(text):
-    found = list(pieces(text.encode(), Bytes()))
-    assert "".join(found) == text
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in found)
-
-
-def test_a_text_that_ends_within_a_character_says_so():
-    assert "".join(pieces("é".encode()[:1], Bytes())) == "\N{REPLACEMENT CHARACTER}"
 
 
 def rows(capsys) -> list[dict]:
@@ -96,3 +79,15 @@ def test_an_empty_prompt_starts_from_the_end_token_and_a_long_one_is_refused(cap
 def test_stream_refuses_prompts_without_room():
     with pytest.raises(ValueError, match="1 to 31 tokens"):
         next(stream(tiny(), [1] * 32, sampling=Sampling(3), eos_id=TOKENIZER.eos_id, seed=0))
+
+
+def test_chat_puts_the_prompt_into_the_template_of_the_model(tmp_path, capsys):
+    tokenizer = huggingface(TINY)
+    tokenizer.hf.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    GPT2.from_pretrained(TINY).save_hf(tmp_path, eos_id=tokenizer.eos_id)
+    tokenizer.save(tmp_path)
+    common = ["sample", str(tmp_path), "--json", "--max-new-tokens", "6", "--prompt"]
+    assert cli.main([*common, "<user>A film<assistant>"]) == 0
+    (written,) = rows(capsys)
+    assert cli.main([*common, "A film", "--chat"]) == 0
+    assert rows(capsys) == [written | {"prompt": "A film"}]
