@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from rlft.core.ranges import Size, SizeOrZero
 from rlft.counted import order
 from rlft.data.encode import Encoder, encode_texts
 from rlft.data.kinds import Kind
@@ -56,8 +57,8 @@ class PromptData:
         source: Source,
         *,
         tokenizer: Encoder,
-        prompt_tokens: int | None = None,
-        max_prompt_tokens: int | None = None,
+        prompt_tokens: SizeOrZero | None = None,
+        max_prompt_tokens: Size | None = None,
         on_long: str = "error",
     ) -> None:
         if prompt_tokens is not None and prompt_tokens < 0:

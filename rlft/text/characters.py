@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
 from rlft.errors import ConfigError, DataError
 from rlft.text.backend import BackendTokenizer, with_post_processor
-from rlft.text.tokenizer import check_text
+from rlft.text.tokenizer import Texts, check_text
 
 EOS = "<|endoftext|>"
 
 
-def characters(*, alphabet: str | None = None, source: Any = None) -> CharacterTokenizer:
+def characters(*, alphabet: str | None = None, source: Texts | None = None) -> CharacterTokenizer:
     """Return a tokenizer with one id for each character.
 
     Ids follow the characters' code points, so the order in which `alphabet` is written, or the texts come, changes
@@ -32,6 +31,7 @@ def characters(*, alphabet: str | None = None, source: Any = None) -> CharacterT
         given = "neither" if alphabet is None else "both"
         raise ConfigError(f"characters needs either alphabet or source, got {given}")
     if alphabet is None:
+        assert source is not None
         found: set[str] = set()
         for row in source.rows("train"):
             found.update(row.text)
