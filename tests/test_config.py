@@ -310,7 +310,7 @@ def test_a_text_with_a_nul_or_bytes_that_are_not_utf_8_is_refused(key, text):
 @pytest.mark.parametrize("value", [0, 3, "x", True, 1.5, [1]])
 @pytest.mark.parametrize(
     "group", ["algo", "model", "reward", "data", "hardware", "tracker", "reference", "algo.kl", "algo.kl.controller",
-              "algo.probe", "algo.critic", "reward.sentiment"],
+              "algo.probe", "algo.critic", "reward.sentiment", "data.source"],
 )  # fmt: skip
 def test_a_group_or_a_part_that_is_given_a_plain_value_is_refused(group, value):
     with pytest.raises(ConfigError, match=rf"^{re.escape(group)}={re.escape(repr(value))} is not a group choice"):
@@ -332,6 +332,13 @@ def test_a_switch_is_true_or_false_and_nothing_else(key, value):
 def test_hydras_own_keys_cannot_pass_what_the_check_does_not_see(key, value, message):
     with pytest.raises(ConfigError, match=message):
         checked(with_value(defaults(), key, value))
+
+
+@pytest.mark.parametrize("value", [0, "x", None, [1]])
+def test_a_tokenizers_source_is_a_data_set_and_nothing_else(value):
+    made = composed("model=gpt2_scratch")
+    with pytest.raises(ConfigError, match=r"^model\.tokenizer\.source=.* is not a group choice"):
+        checked(with_value(made, "model.tokenizer.source", value))
 
 
 def test_a_key_that_is_no_name_is_refused():

@@ -36,6 +36,8 @@ def compose_and_call(job: Callable[[DictConfig], None], *, config_name: str, arg
     try:
         main()
     except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except Exception as error:
         if is_composed and not isinstance(error, (HydraException, OmegaConfBaseException)):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlft.cache import key_of
+from rlft.core.ranges import Size, SizeOrZero
 from rlft.counted import order
 from rlft.data.encode import Encoder, chat_key, encode_texts, in_chunks, tokenizer_key
 from rlft.data.kinds import Kind
@@ -109,8 +110,8 @@ class PromptData:
         source: Source,
         *,
         tokenizer: Encoder,
-        prompt_tokens: int | None = None,
-        max_prompt_tokens: int | None = None,
+        prompt_tokens: SizeOrZero | None = None,
+        max_prompt_tokens: Size | None = None,
         on_long: str = "error",
     ) -> None:
         if prompt_tokens is not None and prompt_tokens < 0:
@@ -261,7 +262,7 @@ class PromptData:
 
 
 def rendered(row: Row, *, tokenizer: Encoder) -> tuple[str, list[int]]:
-    """Return the text and the ids of a conversation, by the tokenizer's chat template; raises `DataError` without one."""
+    """Return the text and the ids of a conversation, by the chat template; raises `DataError` without one."""
     assert row.messages is not None
     hf = tokenizer.hf
     if hf.chat_template is None:

@@ -17,13 +17,13 @@ from rlft.cache import atomic_path, cache_dir, digest, key_of, texts_digest
 from rlft.core.ranges import Size
 from rlft.errors import ConfigError
 from rlft.text.backend import BackendTokenizer, with_post_processor
-from rlft.text.tokenizer import Tokenizer, check_text
+from rlft.text.tokenizer import Texts, Tokenizer, check_text
 
 EOS = "<|endoftext|>"
 BYTES = 256
 
 
-def trained_bpe(*, source: Any, vocab_size: Size) -> Tokenizer:
+def trained_bpe(*, source: Texts, vocab_size: Size) -> Tokenizer:
     """Return a byte-level BPE trained on the train split of `source`.
 
     The same texts and size give the same tokenizer, bit for bit. It is kept in the cache directory, so that only the

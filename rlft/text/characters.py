@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
@@ -12,12 +11,12 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from rlft.cache import atomic_path, cache_dir, digest, key_of
 from rlft.errors import ConfigError, DataError
 from rlft.text.backend import BackendTokenizer, with_post_processor
-from rlft.text.tokenizer import check_text
+from rlft.text.tokenizer import Texts, check_text
 
 EOS = "<|endoftext|>"
 
 
-def characters(*, alphabet: str | None = None, source: Any = None) -> CharacterTokenizer:
+def characters(*, alphabet: str | None = None, source: Texts | None = None) -> CharacterTokenizer:
     """Return a tokenizer with one id for each character.
 
     Ids follow the characters' code points, so the order in which `alphabet` is written, or the texts come, changes
@@ -34,6 +33,7 @@ def characters(*, alphabet: str | None = None, source: Any = None) -> CharacterT
         given = "neither" if alphabet is None else "both"
         raise ConfigError(f"characters needs either alphabet or source, got {given}")
     if alphabet is None:
+        assert source is not None
         alphabet = _alphabet(source)
     check_text(alphabet, "the alphabet")
     ordered = sorted(set(alphabet))
@@ -45,7 +45,7 @@ def characters(*, alphabet: str | None = None, source: Any = None) -> CharacterT
     return CharacterTokenizer(_build(ordered), "".join(ordered))
 
 
-def _alphabet(source: Any) -> str:
+def _alphabet(source: Texts) -> str:
     """Return every character of the training texts; kept in the cache directory where the source has a key."""
     key = key_of(source)
     path = None if key is None else cache_dir() / "tokenizers" / f"alphabet-{digest(texts=key)}.json"

@@ -13,7 +13,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,12 @@ from rlft.errors import DataError
 
 BATCH = 1024  # texts encoded at once: a backend holds about 100 bytes for each token until the ids are taken out
 HALF = "\ufffd"  # what decoding shows of a character whose bytes are not all there
+
+
+class Texts(Protocol):
+    """What a tokenizer is made from: `rows("train")`, whose items have `text` and `where`."""
+
+    def rows(self, split: str) -> Sequence[Any]: ...
 
 
 class Tokenizer(ABC):

@@ -91,7 +91,7 @@ def test_an_unknown_name_and_a_missing_checkout_are_refused(tmp_path, capsys, mo
     assert "did you mean 'grpo'?" in capsys.readouterr().err
     monkeypatch.setattr(build, "CONF", tmp_path)
     build_node = build.algorithm_node
-    with pytest.raises(ConfigError, match="run from a checkout"):
+    with pytest.raises(ConfigError, match="install rlft again"):
         build_node("grpo")
 
 
