@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from omegaconf import OmegaConf
 
 from rlft.config import RootConfig, RootSettings, checked, missing_keys
 from rlft.errors import ConfigError
+from rlft.saved_config import foreign_code, from_run
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
@@ -106,11 +109,22 @@ def test_every_file_of_every_group_composes_with_the_defaults_and_passes(file):
     target = re.search(r"^_target_: (.+)", text_of(file), re.MULTILINE)
     if target:  # this file was chosen, not a default
         assert OmegaConf.select(OmegaConf.create(vars(made)), place)["_target_"] == target[1]
+    is_read_back_from_a_run_directory(made, has_code=file == "reward/custom")
+
+
+def is_read_back_from_a_run_directory(made: RootConfig, *, has_code: bool) -> None:
+    """All that conf/ names is rlft's own, but for the function of a custom reward (`rlft.saved_config`)."""
+    values = json.loads(json.dumps(asdict(made)))
+    assert [key for key, _, _ in foreign_code(values)] == (["reward.custom.function"] if has_code else [])
+    if not has_code:
+        assert asdict(from_run(values, run_dir=Path("run"))) == asdict(made)
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS)
 def test_every_experiment_composes_and_passes(file):
-    assert config(choice(file), *left_open(file).values()).steps > 0
+    made = config(choice(file), *left_open(file).values())
+    assert made.steps > 0
+    is_read_back_from_a_run_directory(made, has_code=False)
 
 
 @pytest.mark.parametrize("file", [file for file in CHOICES if ": ???" in text_of(file)])

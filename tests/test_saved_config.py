@@ -15,8 +15,8 @@ import yaml
 
 from rlft.config import GIVEN, RootConfig
 from rlft.errors import ConfigError, RunDirectoryError
-from rlft.saved_config import foreign_code, from_run, read_config
-from tests.test_config import CHOICES, EXPERIMENTS, NEEDS, choice, config, left_open
+from rlft.saved_config import from_run, read_config
+from tests.test_config import config
 
 MARK = "mine_was_imported"
 MODULE = f"""
@@ -58,15 +58,6 @@ def changed(place: str, value: Any) -> dict[str, Any]:
 
 def from_values(values: dict[str, Any], *trusted: str, **given: Any) -> RootConfig:
     return from_run(values, run_dir=RUN, trusted=trusted, given=given)
-
-
-@pytest.mark.parametrize("file", [*CHOICES, *EXPERIMENTS])
-def test_all_that_conf_names_is_rlfts_own_but_for_the_function_of_a_custom_reward(file):
-    values = values_of(choice(file), *left_open(file).values(), *NEEDS.get(file, []))
-    found = [key for key, _, _ in foreign_code(values)]
-    assert found == (["reward.custom.function"] if file == "reward/custom" else [])
-    if not found:
-        assert asdict(from_values(values)) == asdict(from_run({}, run_dir=RUN, given=values))
 
 
 @pytest.mark.parametrize(
