@@ -27,9 +27,10 @@ class Keyed(Protocol):
         """Return a text that is equal where the rows are, in the same order; None where that cannot be told."""
 
 
-def key_of(source: Any) -> str | None:
-    """Return the key of a source, None where it has none."""
-    return source.key if isinstance(source, Keyed) else None
+def key_of(source: Any, *, made_by: Any = None) -> str | None:
+    """Return the key of a source; None where it has none, or where `made_by`, which reads it, is not of rlft's code."""
+    is_ours = made_by is None or type(made_by).__module__.startswith("rlft.")
+    return source.key if is_ours and isinstance(source, Keyed) else None
 
 
 def digest(**parts: Any) -> str:

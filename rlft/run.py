@@ -85,7 +85,7 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
         where = f"rlft: stopped by a signal at step {trainer.state.step}"
         modules = ",".join(dict.fromkeys(module for _, _, module in foreign_code(_plain(config))))
         trust = f" 'trusted_modules=[{modules}]'" if modules else ""
-        print(f"{where}; go on with: python train.py run_dir={run_dir} resume=true{trust}", file=sys.stderr)
+        print(f"{where}; go on with: rlft train run_dir={run_dir} resume=true{trust}", file=sys.stderr)
         return EXIT_STOPPED
     print(f"rlft: done ({reason}): {run_dir}")
     return EXIT_DONE

@@ -7,8 +7,9 @@ that the caller trusts by name. What the command line sets itself is the user's 
 
 from __future__ import annotations
 
-import inspect
+import functools
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,8 @@ from hydra.utils import get_method
 
 from rlft.config import RootConfig, checked_values
 from rlft.errors import ConfigError, RunDirectoryError
+from rlft.paths import conf_directory
 
-# Where a configuration's parts are defined. The rest of rlft is machinery, such as rlft.build, which instantiates.
-ROOMS = (
-    "rlft.algos", "rlft.data", "rlft.functional", "rlft.models", "rlft.rewards", "rlft.text",
-    "rlft.trainer.hardware", "rlft.trainer.trackers",
-)  # fmt: skip
 CUSTOM = "rlft.rewards.custom.Custom"  # the one part that runs code which its setting names
 
 
@@ -61,7 +58,8 @@ def from_run(
         for key, code, module in foreign_code(kept, trusted=trusted):
             raise ConfigError(
                 f"{key}={code} is code that is not rlft's, and a run directory is not trusted: add "
-                f"trusted_modules=[{module}], or give the settings of {key.partition('.')[0]} again"
+                f"trusted_modules=[{module}] (rlft eval, sample and export: --trusted-modules {module}), or give the "
+                f"settings of {key.partition('.')[0]} again"
             )
         return checked_values({**kept, **given, "trusted_modules": list(trusted)})
     except ConfigError as error:
@@ -71,32 +69,45 @@ def from_run(
 def foreign_code(values: Any, *, trusted: Collection[str] = (), path: str = "") -> Iterator[tuple[str, Any, str]]:
     """Yield each key under which plain values name code that is neither rlft's nor trusted: key, code, its module.
 
-    A target is imported only from a place that is rlft's or trusted, and must be defined in one: a dotted path reaches
-    through a module into all that it imports (`rlft.models.gpt2.json.loads`).
+    rlft's are the targets that the files under conf/ name, and no others: a dotted path reaches through a module into
+    all that it imports (`rlft.models.gpt2.json.loads`), and a function of rlft's may call what it is handed.
     """
     if isinstance(values, dict) and "_target_" in values:
-        for name, module in _foreign_keys(values, trusted):
-            yield f"{path}.{name}", values[name], module
-    for key, value in _inner(values):
-        yield from foreign_code(value, trusted=trusted, path=f"{path}.{key}" if path else str(key))
+        for key, module in _foreign_keys(values, trusted):
+            yield f"{path}.{key}", values.get(key), module
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for name, value in inner:
+        yield from foreign_code(value, trusted=trusted, path=f"{path}.{name}" if path else str(name))
 
 
 def _foreign_keys(node: dict[str, Any], trusted: Collection[str]) -> Iterator[tuple[str, str]]:
-    name, function = node["_target_"], node.get("function")
-    if not isinstance(name, str) or not _is_inside(name, (*ROOMS, *trusted)):
-        yield "_target_", str(name).partition(".")[0]
-        return
-    try:
-        target: Any = get_method(name)
-    except Exception:  # hydra wraps import errors of every kind, and `checked_values` says what is wrong with this one
-        return
-    module = str(getattr(target, "__module__", None))
-    if not _is_inside(module, trusted) and not (_is_inside(module, ROOMS) and _is_part(target)):
-        yield "_target_", module
-    elif f"{module}.{target.__qualname__}" == CUSTOM and isinstance(function, str):
-        where = function.rpartition(":")[0]
+    target, function = node["_target_"], node.get("function")
+    if not isinstance(target, str) or not (target in shipped_targets() or _is_defined_in(target, trusted)):
+        yield "_target_", str(target).partition(".")[0]
+    elif target == CUSTOM and not isinstance(function, str):  # a node would be made, and what it gives be imported
+        yield "function", "?"
+    elif target == CUSTOM:
+        where = str(function).rpartition(":")[0]
         if not (_is_file_of(where, trusted) if where.endswith(".py") else _is_inside(where, trusted)):
             yield "function", where
+
+
+@functools.cache
+def shipped_targets() -> frozenset[str]:
+    """Return the targets that the files under conf/ name: what a configuration is made of."""
+    files = conf_directory().rglob("*.yaml")
+    named = [re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE) for file in files]
+    return frozenset(target for targets in named for target in targets)
+
+
+def _is_defined_in(target: str, trusted: Collection[str]) -> bool:
+    """Whether a target lies in a trusted module, and what it names is defined in one: not only imported there."""
+    if not _is_inside(target, trusted):
+        return False
+    try:
+        return _is_inside(str(getattr(get_method(target), "__module__", None)), trusted)
+    except Exception:  # hydra wraps import errors of every kind, and `checked_values` says what is wrong with this one
+        return True
 
 
 def _check_plain(values: Any, path: str = "") -> None:
@@ -112,13 +123,6 @@ def _check_plain(values: Any, path: str = "") -> None:
 def _inner(values: Any) -> list[tuple[Any, Any]]:
     """Return what a dict or a list holds, with its keys or places."""
     return list(values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ())
-
-
-def _is_part(target: Any) -> bool:
-    """Whether a target is a public class, function or constructor: no method, which would be handed its own object."""
-    is_callable = inspect.isclass(target) or inspect.ismethod(target) or inspect.isfunction(target)
-    is_method = inspect.isfunction(target) and "." in target.__qualname__
-    return is_callable and not is_method and not target.__name__.startswith("_")
 
 
 def _is_inside(name: str, modules: Collection[str]) -> bool:

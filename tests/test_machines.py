@@ -18,7 +18,10 @@ def test_every_part_that_a_setting_touches_exists():
 
 def test_a_commit_chooses_one_setting_and_commits_choose_all():
     chosen_names = {chosen_by(f"{number:040x}") for number in range(0, 50 << 128, 1 << 128)}
-    assert chosen_names == set(SETTINGS) - {"order"}  # in which CI runs the whole suite
+    assert chosen_names == set(SETTINGS) - {
+        "order",
+        "mkl_avx2",
+    }  # CI's whole suite has a random order; MKL's is of Intel's
 
 
 def test_without_numba_means_without_it_in_every_process():

@@ -93,6 +93,8 @@ def test_a_target_inside_a_list_is_refused():
         "rlft.algos.base.Algorithm.check",
         "rlft.__main__.main",
         "rlftx.algos.X",
+        "rlft.algos.parts.call",  # calls what it is given
+        "rlft.data.source.normalised",
     ],
 )
 def test_what_is_reached_through_rlft_but_is_no_part_of_it_is_refused(target):
@@ -117,7 +119,7 @@ def test_a_trusted_module_is_taken_and_what_it_imports_is_not(mine):
     assert hasattr(sys, MARK)
     for trusted in ((), ("min",), ("mine.other",), ("mines",), (str(mine),)):
         with pytest.raises(
-            ConfigError, match=r"not trusted: add trusted_modules=\[mine\], or give the settings of algo"
+            ConfigError, match=r"not trusted: add trusted_modules=\[mine\] .*, or give the settings of algo"
         ):
             from_values(values, *trusted)
     values["algo"]["surrogate"]["_target_"] = "mine.os.system"
@@ -130,6 +132,19 @@ def test_a_file_cannot_trust_itself(mine):
     with pytest.raises(ConfigError, match=r"mine\.loss is code"):
         from_values(values)
     assert from_values(DEFAULTS | {"trusted_modules": ["mine"]}).trusted_modules == ()
+
+
+@pytest.mark.parametrize("node", [
+    {"function": {"_target_": "rlft.data.tasks.Task", "kind": "recite", "size": 1}},  # makes what is then imported
+    {"_partial_": True},  # is handed its function when it is called
+    {"function": ["mine.py:f"]},
+])  # fmt: skip
+def test_a_custom_reward_whose_function_is_not_written_out_is_refused_wherever_it_stands(node):
+    custom = {"_target_": "rlft.rewards.custom.Custom", **node}
+    for place in ("reward.custom", "data.source.path"):
+        value = custom if place == "reward.custom" else {"train": [custom]}
+        with pytest.raises(ConfigError, match=r"\.function=.* is code that is not rlft's"):
+            from_values(changed(place, value), "mine.py", "mine")
 
 
 def test_what_the_command_line_gives_again_is_the_users_own_word(mine):

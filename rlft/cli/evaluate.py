@@ -3,14 +3,14 @@
 POLICY is a run directory, one of its checkpoints, a model in Hugging Face format, or a name on its hub. Data, rewards
 and sampling are those of the first POLICY that is a run, or the defaults of `rlft train`; SETTING=VALUE changes them
 (eval_prompts=64, temperature=0.7, reward=length, data.source.path=mine.jsonl). The KL is against the policy that each
-run began with, where the settings say reference=initial. The prompts and the draws are the same for every policy.
+run began with, where the settings say reference=initial. The prompts and the draws are the same for every policy;
+prompts that are cut to so many tokens are so for policies with one tokenizer, and only then is a difference given.
 
 Writes DIRECTORY/eval.json, eval.md and samples.jsonl. Intervals are 95 %, over prompts.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlft.cli.parser import Parser
+from rlft.cli.parser import Parser, output_directory
 from rlft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ REWARD = "eval/reward"
 NO_TRACKER = {"_target_": "rlft.trainer.trackers.NullTracker"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     evaluate = Parser(
         "eval",
         __doc__,
@@ -51,7 +51,7 @@ TRUST = "a module of yours that a run's config.yaml may name; without it only rl
 
 
 def run(arguments: list[str]) -> int:
-    args = parser().parse_args(arguments)
+    args = parser().parse(arguments)
     overrides = [word for word in args.policies if _is_setting(word)]
     names = [word for word in args.policies if word not in overrides]
     if not names:
@@ -62,11 +62,11 @@ def run(arguments: list[str]) -> int:
     policies = [named_policy(name, trusted=tuple(args.trusted_modules)) for name in dict.fromkeys(names)]
     first_run = next((policy.run for policy in policies if policy.run is not None), None)
     base = replace(changed(first_run, overrides), resume=False, tracker=NO_TRACKER)
+    out = output_directory(args.out or Path("outputs") / "eval" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     began = time.perf_counter()
     found = [_evaluate(policy, base) for policy in policies]
     for one in found[1:]:
         one["difference"] = _difference(one["samples"], found[0]["samples"])
-    out = args.out or Path("outputs") / "eval" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     _write(out, found, base, seconds=time.perf_counter() - began)
     _show(found, num_samples=args.samples)
     print(f"rlft: {out / 'eval.json'}, {out / 'eval.md'}, {out / 'samples.jsonl'}")
@@ -75,8 +75,11 @@ def run(arguments: list[str]) -> int:
 
 def _is_setting(word: str) -> bool:
     """Tell SETTING=VALUE from a path, which may hold an equals sign too."""
-    key = word.partition("=")[0]
-    return "=" in word and not Path(word).exists() and key.replace(".", "").replace("_", "").lstrip("+~").isalnum()
+    from rlft.config import GIVEN
+
+    key = word.partition("=")[0].lstrip("+~")
+    is_name = all(part.replace("_", "").isalnum() for part in key.replace("/", ".").split("."))
+    return "=" in word and is_name and ("/" not in key or key.partition("/")[0] in GIVEN) and not Path(word).exists()
 
 
 def _evaluate(policy: NamedPolicy, base: RootConfig) -> dict[str, Any]:
@@ -87,6 +90,10 @@ def _evaluate(policy: NamedPolicy, base: RootConfig) -> dict[str, Any]:
     if policy.run is not None:  # the job has the policy as it was before training, for the reference
         trained, _ = policy.load()
         job.policy.load_state_dict(trained.state_dict())
+        if job.algorithm.head is not None:
+            job.algorithm.head.load_state_dict(policy.head())
+    if not job.algorithm.is_evaluated:
+        raise ConfigError(f"the data of {policy.name} holds nothing out: give data.source.validation=0.1")
     job.policy.eval()
     evaluation = job.algorithm.evaluate()
     rewards = [row["reward"] for row in evaluation.samples if row.get("reward") is not None]
@@ -111,8 +118,13 @@ def _half_width(values: list[float]) -> float | None:
 
 
 def _difference(samples: list[dict], others: list[dict]) -> dict[str, float | None] | None:
-    """Return the mean difference of two policies' rewards on the same prompts, with half of its 95 % interval."""
-    pairs = [(a.get("reward"), b.get("reward")) for a, b in zip(samples, others, strict=False)]
+    """Return the mean difference of two policies' rewards on the same prompts, with half of its 95 % interval.
+
+    None where there are no rewards, or the prompts differ: those cut to so many tokens do, by another tokenizer.
+    """
+    if [sample["prompt"] for sample in samples] != [other["prompt"] for other in others]:
+        return None
+    pairs = [(a.get("reward"), b.get("reward")) for a, b in zip(samples, others, strict=True)]
     values = [a - b for a, b in pairs if a is not None and b is not None and not math.isnan(a - b)]
     if not values:
         return None

@@ -6,17 +6,16 @@ bfloat16 halve the files; rlft computes in float32 whatever they hold.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from rlft.cli.evaluate import TRUST
-from rlft.cli.parser import Parser
+from rlft.cli.parser import Parser, output_directory
 from rlft.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     export = Parser(
         "export",
         __doc__,
@@ -30,9 +29,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    args = parser().parse_args(arguments)
+    args = parser().parse(arguments)
     if args.directory.exists() and (not args.directory.is_dir() or any(args.directory.iterdir())):
         raise ConfigError(f"{args.directory} exists and is no empty directory: give another one")
+    output_directory(args.directory)
     import torch
 
     from rlft.cli.policies import named_policy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from rlft.errors import ConfigError
@@ -20,6 +21,19 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse(self, arguments: list[str]) -> argparse.Namespace:
+        """Return the arguments, flags before and behind the others."""
+        return self.parse_intermixed_args(arguments)
+
     def error(self, message: str) -> NoReturn:
         """Raise `ConfigError` (exit code 2) in place of printing the usage and leaving the process."""
         raise ConfigError(f"{message}; {self.prog} --help says what is allowed")
+
+
+def output_directory(path: Path) -> Path:
+    """Make a directory for what a command will write, before it computes; raises `ConfigError` if it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be made a directory ({error.strerror}): name another place") from error
+    return path

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
 
 from rlft import build
 from rlft.config import RootConfig
@@ -25,13 +29,38 @@ class NamedPolicy:
 
     name: str  # as it was given
     weights: Path
-    node: dict[str, Any]  # what loads it, as conf/model/ has it: _target_, path and tokenizer
-    run: RootConfig | None  # the settings of the run that trained it; None for a model of elsewhere
+    run_dir: Path | None  # of the run that trained it; None for a model of elsewhere
+    checkpoint: Path | None  # with the weights of its head, where it has one
+    trusted: tuple[str, ...] = ()  # modules beside rlft's that the run's config.yaml may name
+
+    @cached_property
+    def run(self) -> RootConfig | None:
+        """The settings of its run, read when they are asked for: who samples needs none of its rewards."""
+        if self.run_dir is None:
+            return None
+        return from_run(read_config(self.run_dir), run_dir=self.run_dir, trusted=self.trusted)
+
+    @cached_property
+    def node(self) -> dict[str, Any]:
+        """What loads it, as conf/model/ has it: _target_, path and tokenizer."""
+        place = self.weights if self.run_dir is None else self.run_dir / "model"
+        if self.run_dir is None or (place / "tokenizer.json").is_file():  # without the run's data, or a download
+            tokenizer: Any = {"_target_": "rlft.text.huggingface.huggingface", "path": str(place)}
+        else:
+            assert self.run is not None
+            tokenizer = self.run.model["tokenizer"]
+        return {"_target_": _loader(self.weights), "path": str(self.weights), "tokenizer": tokenizer}
 
     def load(self) -> tuple[CausalLM, Tokenizer]:
         """Return the policy, in evaluation mode, and its tokenizer."""
         policy, tokenizer = build.policy(self.node)
         return policy.eval(), tokenizer
+
+    def head(self) -> dict[str, Tensor]:
+        """Return the weights of what was trained beside the policy: a critic, a reward head, a classifier."""
+        if self.checkpoint is None:
+            raise ConfigError(f"{self.name} has no checkpoint, and so no head to evaluate: name its run")
+        return load_file(self.checkpoint / "head.safetensors")
 
     def settings(self, base: RootConfig) -> RootConfig:
         """Return `base` with this policy as it was before training, so that reference=initial means what it meant.
@@ -57,36 +86,32 @@ def named_policy(name: str, *, trusted: tuple[str, ...] = ()) -> NamedPolicy:
     """
     path = Path(name).expanduser()
     if (path / "config.yaml").is_file():
-        run_dir, weights = path, _newest(path)
-    elif (path / "policy.safetensors").is_file() and (path.absolute().parents[1] / "config.yaml").is_file():
+        weights, checkpoint = _of_run(path)
+        return NamedPolicy(name, weights, path, checkpoint, trusted)
+    run_dir = path.absolute().parents[1] if len(path.absolute().parents) > 1 else path
+    if (path / "policy.safetensors").is_file() and (run_dir / "config.yaml").is_file():
         verify(path)
-        run_dir, weights = path.absolute().parents[1], path
-    else:
-        weights = local_directory(name)
-        return NamedPolicy(name, weights, _node(weights, _tokenizer(weights)), None)
-    run = from_run(read_config(run_dir), run_dir=run_dir, trusted=trusted)
-    has_tokenizer = (run_dir / "model" / "tokenizer.json").is_file()  # needs neither the run's data nor a download
-    tokenizer = _tokenizer(run_dir / "model") if has_tokenizer else run.model["tokenizer"]
-    return NamedPolicy(name, weights, _node(weights, tokenizer), run)
+        return NamedPolicy(name, path, run_dir, path, trusted)
+    return NamedPolicy(name, local_directory(name), None, None)
 
 
-def _tokenizer(directory: Path) -> dict[str, Any]:
-    return {"_target_": "rlft.text.huggingface.huggingface", "path": str(directory)}
-
-
-def _node(weights: Path, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    return {"_target_": _loader(weights), "path": str(weights), "tokenizer": tokenizer}
-
-
-def _newest(run_dir: Path) -> Path:
-    if (run_dir / "summary.json").is_file() and (run_dir / "model").is_dir():
-        return run_dir / "model"
+def _of_run(run_dir: Path) -> tuple[Path, Path | None]:
+    """Return where the policy of a run is, and the checkpoint of the same step."""
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=1)
-    if not checkpoints.steps():
+    steps = checkpoints.steps()
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        summary = {}
+    if summary.get("steps") == (steps[-1] if steps else 0) and (run_dir / "model").is_dir():
+        # One that stopped early exported its best policy.
+        step = summary["best"]["step"] if summary["exit_reason"] == "early_stopping" else summary["steps"]
+        return run_dir / "model", checkpoints.path(step) if step in steps else None
+    if not steps:
         raise ConfigError(f"{run_dir} is a run without a checkpoint so far: go on with it by resume=true")
-    newest = checkpoints.path(checkpoints.steps()[-1])
+    newest = checkpoints.path(steps[-1])
     verify(newest)
-    return newest
+    return newest, newest
 
 
 def _loader(weights: Path) -> str:

@@ -6,10 +6,9 @@ Writes DIRECTORY/results.md, curves.png where the runs have the reward, and trai
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from rlft.cli.parser import Parser
+from rlft.cli.parser import Parser, output_directory
 from rlft.errors import ConfigError
 
 METRICS = (
@@ -22,7 +21,7 @@ METRICS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     report = Parser(
         "report",
         __doc__,
@@ -39,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    args = parser().parse_args(arguments)
+    args = parser().parse(arguments)
+    output_directory(args.out)
     try:
         from rlft.report import curves, table
         from rlft.report.runs import read_groups
@@ -54,7 +54,6 @@ def run(arguments: list[str]) -> int:
     parts.append(table.provenance(groups))
     if args.samples:
         parts.append(table.samples(groups, args.samples))
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.md").write_text("\n\n".join(parts) + "\n")
     if reward:
         curves.draw(groups, args.out / "curves.png", reward=reward)

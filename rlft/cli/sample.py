@@ -7,7 +7,6 @@ prompt and place in the list give the same completion.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from rlft.text.tokenizer import Tokenizer
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     sample = Parser(
         "sample",
         __doc__,
@@ -50,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    args = parser().parse_args(arguments)
+    args = parser().parse(arguments)
     if args.n < 1 or not 0 <= args.seed < 2**64:
         raise ConfigError(f"-n must be at least 1 and --seed in 0 .. 2^64 - 1, got {args.n} and {args.seed}")
     prompts = list(args.prompt) + list(_lines(args.file, has_prompts=bool(args.prompt)))
@@ -89,7 +88,8 @@ def _lines(file: str | None, *, has_prompts: bool) -> Iterator[str]:
         return
     try:
         data = sys.stdin.buffer.read() if file in (None, "-") else Path(str(file)).expanduser().read_bytes()
-        yield from data.decode().splitlines()
+        lines = data.decode("utf-8-sig").split("\n")
+        yield from (line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1]))
     except OSError as error:
         raise ConfigError(f"--file {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

