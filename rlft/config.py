@@ -14,10 +14,11 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import yaml
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlft.core.ranges import Count, CountOrZero, NonNegative, Positive, Range, Size
 from rlft.errors import ConfigError, nearest
+from rlft.paths import conf_directory
 from rlft.trainer.schedule import SCHEDULES
 
 
@@ -120,7 +122,7 @@ def checked_values(values: dict[str, Any]) -> RootConfig:
         merged = OmegaConf.merge(OmegaConf.structured(RootSettings), root)
         typed: Any = OmegaConf.to_container(merged, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise _type_error(error) from error
     _check_plain("", typed)  # "nan" has become a number
     _check_root(typed)
     groups: dict[str, Any] = {group: {} if values.get(group) is None else values[group] for group in GIVEN}
@@ -182,14 +184,44 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         key = found[1]
         root, _, rest = key.partition(".")
         known = [field.name for field in fields(RootConfig)]
-        hint = nearest(root, known) if root not in known else ""
-        where = f"conf/{root}/ has what its files set" if rest and root in known else "conf/train.yaml lists them"
+        if rest and root in known:
+            hint, where = nearest(rest.rpartition(".")[2], _group_keys(root)), f"conf/{root}/ has what its files set"
+        elif (conf_directory() / root).is_dir() and root not in known:
+            hint, where = "", f"a file of conf/{root}/ is added by +{key}=NAME"
+        elif (conf_directory() / "algo" / root).is_dir():
+            hint, where = "", f"a part of an algorithm is chosen by algo/{key}=NAME"
+        else:
+            hint, where = nearest(root, known), "conf/train.yaml lists them"
         return ConfigError(f"unknown setting '{key}'{hint}; {where}")
     if found := re.search(
         r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?)(?: Config search|$)", text
     ):
         group, name, options = found[1], found[2], found[3].split()
         return ConfigError(f"{group}={name} does not exist{nearest(name, options)}; there are {', '.join(options)}")
+    return ConfigError(text)
+
+
+def _group_keys(group: str) -> set[str]:
+    """Return every key in the files of a group."""
+
+    def keys(node: Any) -> Iterator[str]:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            yield str(key)
+            yield from keys(value)
+
+    files = (conf_directory() / group).rglob("*.yaml")
+    return {key for file in files for key in keys(yaml.safe_load(file.read_text(encoding="utf-8")))}
+
+
+def _type_error(error: Exception) -> ConfigError:
+    """Return OmegaConf's complaint about a root setting's type as an error of ours."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+) full_key: (\S+)", text):
+        value, kind, wanted, key = found.groups()
+        names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "a text"}
+        return ConfigError(f"{key}={value} is a {kind}; {names.get(wanted, wanted)} is allowed")
+    if found := re.search(r"is not a ListConfig, list or tuple. full_key: (\S+)", text):
+        return ConfigError(f"{found[1]} is a list: {found[1]}=[…]")
     return ConfigError(text)
 
 

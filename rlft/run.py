@@ -132,7 +132,12 @@ def _locked(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunDirectoryError(f"run_dir={run_dir} is in use by another process") from error
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in run_dir.iterdir()] == [".lock"]:  # it never held a run
+                (run_dir / ".lock").unlink()
+                run_dir.rmdir()
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def test_a_killed_run_resumes_by_its_directory_alone_to_the_bits_of_one_that_was
 def test_sigterm_ends_with_75_and_a_checkpoint_of_its_step_and_the_resumed_run_has_the_same_bits(work, whole, tmp_path):
     stopped = work.apart(f"run_dir={tmp_path}", SEND="SIGTERM self 6")
     assert stopped.returncode == 75, stopped.stderr
-    message = f"rlft: stopped by a signal at step 5; go on with: python train.py run_dir={tmp_path} resume=true"
+    message = f"rlft: stopped by a signal at step 5; go on with: rlft train run_dir={tmp_path} resume=true"
     assert last_line(stopped.stderr) == f"{message} '{work.trust}'"
     assert checkpoints(tmp_path) == ["step_00000003", "step_00000005"]
     assert not (tmp_path / "summary.json").exists() and not (tmp_path / "model").exists()

@@ -182,7 +182,7 @@ def test_the_function_of_a_custom_reward_needs_its_module_or_file_named(mine, mo
 @pytest.mark.parametrize("place, value, message", [
     ("stepss", 3, "unknown setting 'stepss' (did you mean 'steps'?)"),
     ("algo.kl.coeff", 1, "unknown setting 'algo.kl.coeff' (did you mean 'coef'?)"),
-    ("steps", "many", "full_key: steps"),
+    ("steps", "many", "steps=many is a str; a whole number is allowed"),
     ("steps", -1, "steps=-1 must be at least 0"),
     ("algo.kl.coef", float("nan"), "algo.kl.coef=nan must be finite"),
     ("tracker", 3, "tracker=3 is not a group choice"),

@@ -62,6 +62,8 @@ def run(arguments: list[str]) -> int:
     policies = [named_policy(name, trusted=tuple(args.trusted_modules)) for name in dict.fromkeys(names)]
     first_run = next((policy.run for policy in policies if policy.run is not None), None)
     base = replace(changed(first_run, overrides), resume=False, tracker=NO_TRACKER)
+    if args.out is not None and (args.out / "config.yaml").exists():
+        raise ConfigError(f"--out {args.out} is a run directory, whose samples.jsonl would be lost: name another one")
     out = output_directory(args.out or Path("outputs") / "eval" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     began = time.perf_counter()
     found = [_evaluate(policy, base) for policy in policies]

@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from rlft.errors import RlftError
 from rlft.paths import conf_directory
 
 
@@ -22,13 +23,17 @@ def compose_and_call(job: Callable[[DictConfig], None], *, config_name: str, arg
     SystemExit. Raises `ConfigError` where the configuration cannot be composed.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, in place of printing and exit code 1
-    is_composed = False
+    is_composed, failed = False, list[RlftError]()
 
     @functools.wraps(job)
     def begun(config: DictConfig) -> None:
         nonlocal is_composed
         is_composed = True
-        job(config)
+        try:
+            job(config)
+        except RlftError as error:  # Hydra would print a line of its own, with the whole command line in it
+            failed.append(error)
+            raise SystemExit(error.exit_code) from error
         is_composed = False  # a sweep composes its next job
 
     main = hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name=config_name)(begun)
@@ -36,6 +41,8 @@ def compose_and_call(job: Callable[[DictConfig], None], *, config_name: str, arg
     try:
         main()
     except SystemExit as ended:
+        if failed:
+            raise failed[0] from failed[0].__cause__
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)

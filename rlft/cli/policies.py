@@ -92,7 +92,11 @@ def named_policy(name: str, *, trusted: tuple[str, ...] = ()) -> NamedPolicy:
     if (path / "policy.safetensors").is_file() and (run_dir / "config.yaml").is_file():
         verify(path)
         return NamedPolicy(name, path, run_dir, path, trusted)
-    return NamedPolicy(name, local_directory(name), None, None)
+    try:
+        return NamedPolicy(name, local_directory(name), None, None)
+    except ConfigError as error:
+        why = " ".join(str(error).replace("model.path=", "").split())
+        raise ConfigError(f"{name} is no run directory, checkpoint or model: {why}") from error
 
 
 def _of_run(run_dir: Path) -> tuple[Path, Path | None]:

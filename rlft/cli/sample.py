@@ -99,6 +99,8 @@ def _lines(file: str | None, *, has_prompts: bool) -> Iterator[str]:
 def _ids(text: str, tokenizer: Tokenizer, *, chat: bool, room: int) -> list[int]:
     """Return a prompt's ids: as text, or as a user's message in the tokenizer's chat template."""
     if chat:
+        if tokenizer.hf.chat_template is None:
+            raise ConfigError("--chat: this policy's tokenizer has no chat template; leave the flag out")
         from rlft.data.prompts import rendered
         from rlft.data.source import Row
 

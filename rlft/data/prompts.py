@@ -204,8 +204,8 @@ class PromptData:
                 if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
                     if self.on_long == "error":
                         raise DataError(
-                            f"{row.where}: the prompt has {len(ids)} tokens, more than max_prompt_tokens="
-                            f"{self.max_prompt_tokens}: raise it, or set on_long=skip to leave long prompts out"
+                            f"{row.where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens="
+                            f"{self.max_prompt_tokens}: raise it, or set data.on_long=skip to leave long prompts out"
                         )
                     counts["too_long"] += 1
                     continue

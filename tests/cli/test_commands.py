@@ -70,6 +70,13 @@ def test_hydras_help_has_examples_and_the_groups(name, capsys):
         (["export", "package:rlft/assets/tiny", "rlft"], "no empty directory"),
         (["export", "package:rlft/assets/tiny", "out", "--dtype", "float8"], "invalid choice"),
         (["train", "learning_rat=1"], "unknown setting 'learning_rat' (did you mean 'learning_rate'?)"),
+        (["train", "algo.kl.ceof=1"], "unknown setting 'algo.kl.ceof' (did you mean 'coef'?)"),
+        (["train", "experiment=sums"], "is added by +experiment=NAME"),
+        (["train", "advantage=leave_one_out"], "is chosen by algo/advantage=NAME"),
+        (["train", "steps=abc"], "steps=abc is a str; a whole number is allowed"),
+        (["train", "trusted_modules=mine"], "trusted_modules is a list: trusted_modules=[…]"),
+        (["sample", "package:rlft/assets/tiny", "--prompt", "a", "--chat"], "no chat template"),
+        (["sample", "nowhere", "--prompt", "a"], "nowhere is no run directory, checkpoint or model"),
         (["train", "algo=gropo"], "algo=gropo does not exist (did you mean 'grpo'?)"),
     ],
 )

@@ -125,6 +125,13 @@ def test_prompts_cut_by_different_tokenizers_give_no_difference(run_dir, tmp_pat
     assert other["difference"] is None
 
 
+def test_a_run_directory_is_never_written_into(run_dir, capsys):
+    before = (run_dir / "samples.jsonl").read_bytes()
+    assert cli.main(["eval", str(run_dir), "--out", str(run_dir)]) == 2
+    assert "is a run directory" in capsys.readouterr().err
+    assert (run_dir / "samples.jsonl").read_bytes() == before
+
+
 def test_flags_may_stand_before_and_behind_settings(run_dir, tmp_path):
     assert len(evaluated(tmp_path, "--samples", "1", str(run_dir), "eval_prompts=3")) == 1
     assert cli.main(["eval", str(run_dir), "--out", str(tmp_path / "b"), "eval_prompts=3"]) == 0

@@ -84,7 +84,7 @@ def test_whole_texts_keep_every_token(invented, make_source, tokenizer):
 def test_long_prompt_is_refused_with_its_place(make_source, tokenizer):
     source = make_source(["abc", "abcd"], validation=0, test=0)
     assert len(PromptData(source, tokenizer=tokenizer, max_prompt_tokens=4).prompts("train")) == 2
-    with pytest.raises(DataError, match="list:2: the prompt has 4 tokens, more than max_prompt_tokens=3"):
+    with pytest.raises(DataError, match=r"list:2: the prompt has 4 tokens, more than data\.max_prompt_tokens=3"):
         PromptData(source, tokenizer=tokenizer, max_prompt_tokens=3).prompts("train")
 
 
