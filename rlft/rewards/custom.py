@@ -139,7 +139,11 @@ def _function_in(module: ModuleType, name: str, function: str) -> Callable[..., 
             f"is {kind}, not a function; for a reward class write a file conf/reward/<name>.yaml with its _target_",
         )
     try:
-        inspect.signature(found).bind_partial(**dict.fromkeys(OWN_KEYWORDS))
+        signature = inspect.signature(found)
+        for one in signature.parameters.values():
+            if one.kind is one.POSITIONAL_ONLY and one.default is one.empty:
+                raise TypeError(f"{one.name!r} cannot be passed as a keyword")
+        signature.bind_partial(**dict.fromkeys(OWN_KEYWORDS))
     except TypeError as error:
         raise _refused(
             function,

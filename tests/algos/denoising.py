@@ -20,6 +20,7 @@ class Text(FixedText, TextData):
     """Fixed blocks that pass for plain text."""
 
     counts: dict[str, int] = {}  # noqa: RUF012  FixedText sets its own; TextData's is a property
+    holds_out = True
 
 
 def bidirectional(seed: int = 0, *, vocab_size: int = 12, n_positions: int = 32) -> GPT2:
