@@ -17,6 +17,8 @@ import numpy as np
 
 def generator(seed: int, stream: str, a: int = 0, b: int = 0, c: int = 0) -> np.random.Generator:
     """Return the generator for `stream` (a name such as "order" or "sample") at the counts `(a, b, c)`, each >= 0."""
+    if min(seed, a, b, c) < 0:  # NumPy before 2 takes it for a large number
+        raise OverflowError(f"a seed and counts are at least 0, got {(seed, a, b, c)}")
     key = np.array([seed, zlib.crc32(stream.encode())], dtype=np.uint64)
     counter = np.array([0, a, b, c], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -57,11 +57,12 @@ def test_attention_is_counted_for_query_heads_as_torch_counts_it(name: str, monk
     counts = {str(operation): number for operation, number in counter.get_flop_counts()["Global"].items()}
     # Torch counts whole squares: 6 x 6 of each prompt, and the 4 tokens read of a completion with all 6 + 4 before.
     squares, pairs = 2 * 6 * 6 + 3 * 4 * (6 + 4), 2 * (6 * 7 // 2) + 3 * (4 * 6 + 4 * 5 // 2)
-    needed = efficiency.forward_flops(policy, rows)
+    # Rounded down: some versions of transformers take their rotary angles by a product too, of less than a square.
+    needed, attention = efficiency.forward_flops(policy, rows), counts["aten.bmm"] // squares * pairs
     if name != "gpt2":  # whose last layer torch counts whole here
-        assert needed == counts["aten.mm"] + counts["aten.bmm"] * pairs // squares
+        assert needed == counts["aten.mm"] + attention
     policy.num_heads = 0
-    assert needed - efficiency.forward_flops(policy, rows) == counts["aten.bmm"] * pairs // squares
+    assert needed - efficiency.forward_flops(policy, rows) == attention
 
 
 def test_padding_is_what_layers_compute_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,8 +223,8 @@ def test_samples_without_a_reward_have_no_reward_column():
 
 def test_messages_keep_their_lines_and_are_no_markup():
     progress, out = plain()
-    progress.message("loss [red]nan[/red] \x1b[2J:smile:\nsecond " + "long " * 20)
-    assert out.getvalue() == "loss [red]nan[/red] \\x1b[2J:smile:\nsecond " + "long " * 20 + "\n"
+    progress.message("loss [red]nan[/red] \x1b[2J:smile:\nsecond " + "long " * 20 + "end")
+    assert out.getvalue() == "loss [red]nan[/red] \\x1b[2J:smile:\nsecond " + "long " * 20 + "end\n"
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
