@@ -32,14 +32,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import ours
+from rlft.core.batch import Rows
+from rlft.core.metrics import Clock
 from rlft.functional.logprobs import token_logprobs
 from rlft.models.gpt2 import GPT2, GPT2Config
-from rlft.models.rows import Rows
 from rlft.models.scorer import Scorer
-from rlft.rollout import graph
+from rlft.rollout import cuda_graph
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling, uniforms
-from rlft.trainer.metrics import Clock
 
 GROUP, NUM_NEW, TEMPERATURE, EOS = 4, 40, 0.8, 3  # of the checks
 
@@ -128,7 +128,7 @@ def graph_equals_plain_loop(device: torch.device) -> dict[str, tuple[float, floa
             with decoding("graph", capture_bytes=capture_bytes) as calls:
                 got = rollout(policy)
             if not calls:
-                raise CheckError("generate did not call rlft.rollout.graph.decode: rlft/rollout/engine.py must")
+                raise CheckError("generate did not call rlft.rollout.cuda_graph.decode: rlft/rollout/engine.py must")
             far = apart(got, expected)
             name = f"graph and plain loop, {str(dtype).removeprefix('torch.')}"
             found[name] = (max(far, found.get(name, (0.0, None))[0]), bound)
@@ -242,7 +242,7 @@ def relative(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
 def decoding(way: str, *, capture_bytes: float | None = None) -> Iterator[list[float]]:
     """Have `generate` decode by "graph" or by its "plain" loop; yields the seconds of each capture."""
     captures: list[float] = []
-    captured = graph._Steps._captured
+    captured = cuda_graph._Steps._captured
 
     def counted(steps: Any) -> Callable[[], None]:
         wait(steps.rows.device)
@@ -252,9 +252,11 @@ def decoding(way: str, *, capture_bytes: float | None = None) -> Iterator[list[f
         captures.append(time.perf_counter() - began)
         return repeat
 
-    fits = mock.patch.object(graph, "fits", lambda policy, device: way == "graph")
-    costs = mock.patch.object(graph, "CAPTURE_BYTES", graph.CAPTURE_BYTES if capture_bytes is None else capture_bytes)
-    with fits, costs, mock.patch.object(graph._Steps, "_captured", counted):
+    fits = mock.patch.object(cuda_graph, "fits", lambda policy, device: way == "graph")
+    costs = mock.patch.object(
+        cuda_graph, "CAPTURE_BYTES", cuda_graph.CAPTURE_BYTES if capture_bytes is None else capture_bytes
+    )
+    with fits, costs, mock.patch.object(cuda_graph._Steps, "_captured", counted):
         yield captures
 
 
@@ -462,7 +464,7 @@ def rendered(result: dict) -> str:
         read = statistics.median(captures) * rates["bytes/s"]
         lines.append(
             f"A capture takes {1e3 * statistics.median(captures):.3g} ms, in which {read:.2g} bytes could be read; "
-            f"rlft.rollout.graph.CAPTURE_BYTES is {graph.CAPTURE_BYTES:.2g}."
+            f"rlft.rollout.cuda_graph.CAPTURE_BYTES is {cuda_graph.CAPTURE_BYTES:.2g}."
         )
     distances = [
         f"{row['mean_distance_to_scorer']:.2g} (at most {row['max_distance_to_scorer']:.2g}) in {row['work']}"

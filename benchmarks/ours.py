@@ -22,12 +22,12 @@ from omegaconf import OmegaConf
 
 from rlft import build
 from rlft.config import checked
-from rlft.memory import restart_with_huge_pages
+from rlft.cpu.memory import restart_with_huge_pages
 from rlft.models.heads import Critic
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
-from rlft.trainer import efficiency
-from rlft.trainer.progress import Progress
+from rlft.tracking import efficiency
+from rlft.tracking.progress import Progress
 
 PRESETS = {  # layers, heads, width, vocabulary
     "tiny": (2, 2, 32, 96), "char400k": (4, 3, 96, 96), "char2m": (4, 4, 192, 96), "char10m": (6, 6, 384, 96),

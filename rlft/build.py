@@ -20,19 +20,19 @@ from omegaconf import OmegaConf
 
 from rlft.algos.base import Algorithm
 from rlft.config import GIVEN, RootConfig
+from rlft.core.errors import ConfigError, RlftError
+from rlft.core.metrics import Clock
+from rlft.core.paths import conf_directory
 from rlft.data.kinds import check_kind
-from rlft.errors import ConfigError, RlftError
 from rlft.models.base import CausalLM
-from rlft.models.reference import initial as initial_reference
-from rlft.models.reference import none as no_reference
-from rlft.paths import conf_directory
+from rlft.references.frozen import initial as initial_reference
+from rlft.references.frozen import none as no_reference
 from rlft.rewards.compose import RewardSum
 from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer
-from rlft.trainer.metrics import Clock
-from rlft.trainer.progress import Progress
+from rlft.tracking.progress import Progress
+from rlft.tracking.trackers import Tracker
 from rlft.trainer.settings import TrainSettings
-from rlft.trainer.trackers import Tracker
 from rlft.trainer.trainer import Trainer
 
 if TYPE_CHECKING:

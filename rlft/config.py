@@ -24,9 +24,9 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlft.core.errors import ConfigError, nearest
+from rlft.core.paths import conf_directory
 from rlft.core.ranges import Count, CountOrZero, NonNegative, Positive, Range, Size
-from rlft.errors import ConfigError, nearest
-from rlft.paths import conf_directory
 from rlft.trainer.schedule import SCHEDULES
 
 

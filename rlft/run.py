@@ -22,10 +22,10 @@ import yaml
 
 from rlft import build
 from rlft.config import RootConfig
-from rlft.errors import ConfigError, RunDirectoryError
+from rlft.core.errors import ConfigError, RunDirectoryError
 from rlft.saved_config import foreign_code, from_run, read_config
+from rlft.tracking.progress import Progress
 from rlft.trainer.checkpoint import Checkpoints
-from rlft.trainer.progress import Progress
 from rlft.trainer.settings import TrainState
 from rlft.trainer.trainer import Trainer
 

@@ -18,8 +18,8 @@ import yaml
 from hydra.utils import get_method
 
 from rlft.config import RootConfig, checked_values
-from rlft.errors import ConfigError, RunDirectoryError
-from rlft.paths import conf_directory
+from rlft.core.errors import ConfigError, RunDirectoryError
+from rlft.core.paths import conf_directory
 
 CUSTOM = "rlft.rewards.custom.Custom"  # the one part that runs code which its setting names
 

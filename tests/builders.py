@@ -14,16 +14,16 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlft import build
-from rlft.algos.policy_gradient import PolicyGradient
-from rlft.algos.sft import SFT
-from rlft.counted import generator, order
+from rlft.algos.offline.sft import SFT
+from rlft.algos.online.policy_gradient import PolicyGradient
+from rlft.core.metrics import Clock
+from rlft.core.rng import generator, order
 from rlft.data.prompts import Prompt
 from rlft.models.base import CausalLM
 from rlft.models.gpt2 import GPT2
 from rlft.rewards.compose import RewardSum
 from rlft.rollout.sampling import Sampling
 from rlft.text.characters import characters
-from rlft.trainer.metrics import Clock
 from rlft.trainer.settings import TrainSettings
 from rlft.trainer.trainer import Trainer
 from rlft.verify.tasks import ExactRewards

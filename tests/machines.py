@@ -20,14 +20,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ARITHMETIC = (
-    "algos", "functional", "learning", "models", "rewards", "rollout", "trainer", "verify/test_exact.py",
-    "verify/test_policy.py",
+    "algos", "core", "cpu", "functional", "learning", "models", "references", "rewards", "rollout", "trainer",
+    "verify/test_exact.py", "verify/test_policy.py",
 )  # fmt: skip
 COMPILED = (
-    "learning/test_learning.py", "models/test_attention.py", "models/test_gelu.py", "rollout", "test_compiled.py",
-    "trainer/test_fast_paths.py", "trainer/test_resume.py",
+    "cpu", "learning/test_learning.py", "rollout", "trainer/test_fast_paths.py", "trainer/test_resume.py",
 )  # fmt: skip
-THREADED = (*ARITHMETIC, "test_compiled.py")
 WORKERS = ["-n", "logical", "--maxprocesses", "8", "--dist", "worksteal"]  # as in the Makefile
 NARROW = "+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt"  # a processor without AVX-512
 WITHOUT_NUMBA = os.pathsep.join([str(ROOT / "tests" / "without_numba"), os.environ.get("PYTHONPATH", "")])
@@ -47,12 +45,12 @@ def kernels(capability: str) -> str:
 
 
 def lanes(number: int) -> str:
-    return f"from rlft.kernels import LANES; assert LANES == {number}"
+    return f"from rlft.cpu.kernels import LANES; assert LANES == {number}"
 
 
 def threads(number: int) -> Setting:
     proof = f"import tests.conftest, torch; assert torch.get_num_threads() == {number}"
-    return Setting({"OMP_NUM_THREADS": str(number)}, THREADED, proof)
+    return Setting({"OMP_NUM_THREADS": str(number)}, ARITHMETIC, proof)
 
 
 SETTINGS = {
@@ -68,8 +66,8 @@ SETTINGS = {
     "threads_3": threads(3),
     "threads_8": threads(8),
     "without_numba": Setting(
-        {"PYTHONPATH": WITHOUT_NUMBA}, (*ARITHMETIC, "test_compiled.py", "test_run.py"),
-        "from rlft import compiled; assert not compiled.is_possible()",
+        {"PYTHONPATH": WITHOUT_NUMBA}, (*ARITHMETIC, "test_run.py"),
+        "from rlft.cpu import compiled; assert not compiled.is_possible()",
     ),
     "order": Setting({"RLFT_TEST_ORDER": str(time.time_ns() // 10**9)}, ("",)),
 }  # fmt: skip

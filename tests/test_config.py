@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlft.config import RootConfig, RootSettings, checked, missing_keys
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.saved_config import foreign_code, from_run
 
 ROOT = Path(__file__).parents[1]
@@ -381,7 +381,9 @@ def test_an_unknown_choice_or_a_pair_that_makes_no_sense_or_a_missing_setting_is
         config(override)
 
 
-@pytest.mark.parametrize("target", ["rlft.nope.X", "rlft.trainer.trackers.Nope", "rlft.paths", "builtins.dict", "3"])
+@pytest.mark.parametrize(
+    "target", ["rlft.nope.X", "rlft.tracking.trackers.Nope", "rlft.core.paths", "builtins.dict", "3"]
+)
 @pytest.mark.parametrize("node", ["tracker", "algo.kl", "data.source"])
 def test_a_target_that_cannot_be_called_is_refused_in_one_line_with_its_key(node, target):
     with pytest.raises(ConfigError, match=rf"^{re.escape(f'{node}._target_={target}')} cannot be used: .+$") as error:

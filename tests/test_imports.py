@@ -17,7 +17,7 @@ rooms = [f"{room.__name__}.{module.name}" for room in (rlft.data, rlft.rewards, 
          for module in pkgutil.iter_modules(room.__path__)]
 assert len(rooms) > 20, rooms
 heavy = sys.argv[1:]
-for name in [*rooms, "rlft.models.base", "rlft.models.gpt2", "rlft.models.reference", "rlft.rollout.engine"]:
+for name in [*rooms, "rlft.models.base", "rlft.models.gpt2", "rlft.references.frozen", "rlft.rollout.engine"]:
     importlib.import_module(name)
     found = [module for module in heavy if module in sys.modules]
     assert not found, f"importing {name} imports {found}"

@@ -25,7 +25,7 @@ def test_a_commit_chooses_one_setting_and_commits_choose_all():
 
 
 def test_without_numba_means_without_it_in_every_process():
-    program = "import sys; from rlft import compiled; assert not compiled.is_possible(); import numba"
+    program = "import sys; from rlft.cpu import compiled; assert not compiled.is_possible(); import numba"
     environment = os.environ | SETTINGS["without_numba"].variables
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "ModuleNotFoundError" in done.stderr and "AssertionError" not in done.stderr

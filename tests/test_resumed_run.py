@@ -90,7 +90,7 @@ def test_resuming_runs_no_code_that_a_run_directory_names_but_does_with_its_modu
     monkeypatch.syspath_prepend(str(tmp_path))
     run_dir = shutil.copytree(whole, tmp_path / "run")
     config = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(config.replace("rlft.trainer.trackers.NullTracker", "mine.Tracker"))
+    (run_dir / "config.yaml").write_text(config.replace("rlft.tracking.trackers.NullTracker", "mine.Tracker"))
     assert run_here(f"run_dir={run_dir}", "resume=true", work.trust, "steps=10") == 2
     line = last_line(capsys.readouterr().err)
     assert "config.yaml: tracker._target_=mine.Tracker is code that is not rlft's" in line

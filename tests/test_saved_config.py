@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from rlft.config import GIVEN, RootConfig
-from rlft.errors import ConfigError, RunDirectoryError
+from rlft.core.errors import ConfigError, RunDirectoryError
 from rlft.saved_config import from_run, read_config
 from tests.test_config import config
 
@@ -88,12 +88,12 @@ def test_a_target_inside_a_list_is_refused():
         "rlft.build.algorithm",  # instantiates what it is given
         "rlft.run.run",
         "rlft.rewards.custom._from_module",  # imports what it is given
-        "rlft.trainer.metrics.JsonlFile",
+        "rlft.core.metrics.JsonlFile",
         "rlft.models.gpt2.GPT2.save_hf",  # a method, with an object of its own to be handed in
         "rlft.algos.base.Algorithm.check",
         "rlft.__main__.main",
         "rlftx.algos.X",
-        "rlft.algos.parts.call",  # calls what it is given
+        "rlft.algos.online.parts.call",  # calls what it is given
         "rlft.data.source.normalised",
     ],
 )
@@ -163,7 +163,7 @@ def test_what_the_command_line_gives_again_is_the_users_own_word(mine):
     ("mine.py", "mine", False),
     ("mine", "mine.py", False),
     ("mine.py", "other/mine.py", False),
-    ("rlft.paths", "mine", False),
+    ("rlft.core.paths", "mine", False),
 ])  # fmt: skip
 def test_the_function_of_a_custom_reward_needs_its_module_or_file_named(mine, monkeypatch, path, trusted, is_taken):
     monkeypatch.chdir(mine.parent)

@@ -8,21 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from rlft.core.batch import Batch, Denominators
+from rlft.core.metrics import Means
 from rlft.data.kinds import Kind
 from rlft.models.heads import Head
 from rlft.models.scorer import Scorer
-from rlft.trainer.batch import Batch
-from rlft.trainer.metrics import Means
 
 NOT_EVALUATED = "none: nothing is held out, and the run trains without evaluation"  # a line of the plan
-
-
-@dataclass(frozen=True)
-class Totals:
-    """The denominators of a loss: counts over the whole optimizer batch, all micro-batches and ranks."""
-
-    num_tokens: float
-    num_sequences: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class Algorithm(ABC):
         """Return this rank's part of batch `batch_index`: a function of weights, `state_dict()`, seed and index."""
 
     @abstractmethod
-    def loss(self, scorer: Scorer, batch: Batch, totals: Totals, means: Means, *, update: int) -> Tensor:
+    def loss(self, scorer: Scorer, batch: Batch, totals: Denominators, means: Means, *, update: int) -> Tensor:
         """Return a micro-batch's share of the loss and add its statistics to `means`.
 
         The shares of all micro-batches and ranks add up to the batch's loss. `update` counts the optimizer steps taken

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.algos.parts import call, function_of, parameters
-from rlft.errors import ConfigError
-from rlft.trainer.metrics import Means
+from rlft.algos.online.parts import call, function_of, parameters
+from rlft.core.errors import ConfigError
+from rlft.core.metrics import Means
 
 ROWS_PER_PAIR = 2
 

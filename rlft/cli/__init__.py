@@ -11,8 +11,8 @@ import importlib
 import os
 import sys
 
-from rlft.errors import ConfigError, RlftError, nearest
-from rlft.memory import restart_with_huge_pages
+from rlft.core.errors import ConfigError, RlftError, nearest
+from rlft.cpu.memory import restart_with_huge_pages
 
 COMMANDS = {  # name: what it does
     "train": "train a policy; with -m a sweep of runs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from rlft.paths import conf_directory
+from rlft.core.paths import conf_directory
 
 _CONFIGS = {"train": "train", "rank": "rank_pairs"}  # commands that Hydra reads: the file of conf/ that they compose
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlft.cli.parser import Parser, output_directory
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlft.cli.policies import NamedPolicy
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Z = 1.959964  # of the normal distribution: half of a 95 % interval, in standard errors
 REWARD = "eval/reward"
-NO_TRACKER = {"_target_": "rlft.trainer.trackers.NullTracker"}
+NO_TRACKER = {"_target_": "rlft.tracking.trackers.NullTracker"}
 
 
 def parser() -> Parser:
@@ -178,7 +178,7 @@ def _show(found: list[dict[str, Any]], *, num_samples: int) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from rlft.trainer.progress import printable
+    from rlft.core.printable import printable
 
     console = Console()
     head, *rows = _rows(found)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlft.cli.evaluate import TRUST
 from rlft.cli.parser import Parser, output_directory
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -12,8 +12,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from rlft.errors import RlftError
-from rlft.paths import conf_directory
+from rlft.core.errors import RlftError
+from rlft.core.paths import conf_directory
 
 
 def compose_and_call(job: Callable[[DictConfig], None], *, config_name: str, arguments: list[str]) -> int:

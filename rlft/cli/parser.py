@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):

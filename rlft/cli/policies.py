@@ -13,12 +13,13 @@ from torch import Tensor
 
 from rlft import build
 from rlft.config import RootConfig
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
+from rlft.core.manifest import verify
 from rlft.models.base import CausalLM
 from rlft.models.files import checkpoint_config, local_directory
 from rlft.saved_config import from_run, read_config
 from rlft.text.tokenizer import Tokenizer
-from rlft.trainer.checkpoint import Checkpoints, verify
+from rlft.trainer.checkpoint import Checkpoints
 
 HELP = "a run directory, one of its checkpoints, a model in Hugging Face format, or a name on its hub"
 
@@ -71,7 +72,7 @@ class NamedPolicy:
             return replace(base, model=self.run.model | {"tokenizer": self.node["tokenizer"]})
         reference, algo = base.reference, base.algo
         if reference["_target_"].endswith(".initial"):
-            reference = {"_target_": "rlft.models.reference.none"}
+            reference = {"_target_": "rlft.references.frozen.none"}
             if "kl" in algo:
                 algo = algo | {"kl": algo["kl"] | {"coef": 0.0}}
         return replace(base, model=self.node, reference=reference, algo=algo)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlft.cli.parser import Parser, output_directory
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 METRICS = (
     "eval/reward",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from rlft.cli.evaluate import TRUST
 from rlft.cli.parser import Parser
-from rlft.errors import ConfigError, DataError
+from rlft.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rlft.text.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def _ids(text: str, tokenizer: Tokenizer, *, chat: bool, room: int) -> list[int]
 
 
 def _print(prompt: str, drawn: Iterable[int], tokenizer: Tokenizer) -> None:
-    from rlft.trainer.progress import printable
+    from rlft.core.printable import printable
 
     print(printable(prompt), end="", flush=True)
     for piece in tokenizer.decode_stream(drawn):

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlft.config import GIVEN, RootConfig, RootSettings, checked, composition_error
-from rlft.errors import ConfigError, nearest
-from rlft.paths import conf_directory
+from rlft.core.errors import ConfigError, nearest
+from rlft.core.paths import conf_directory
 
 
 def changed(run: RootConfig | None, overrides: list[str]) -> RootConfig:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from rlft.cli.parser import Parser, output_directory
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 EXIT_WRONG = 1
 WIDTH = 150  # of the table, where standard output is no terminal

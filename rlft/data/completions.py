@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rlft.core.errors import DataError, nearest
 from rlft.data.encode import Encoder, encode_texts
 from rlft.data.examples import Example, ExampleData, Unusable
 from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt, PromptData
 from rlft.data.source import Row, Source
 from rlft.data.table import check_messages, check_unicode
-from rlft.errors import DataError, nearest
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from rlft.counted import generator
+from rlft.core.errors import ConfigError
+from rlft.core.rng import generator
 from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt
 from rlft.data.source import Source, holds_out
 from rlft.data.text import TextData
-from rlft.errors import ConfigError
 from rlft.text.tokenizer import Tokenizer
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from rlft.core.errors import DataError
 from rlft.data.progress import reported
 from rlft.data.source import Row
-from rlft.errors import DataError
 
 CHUNK = 1024  # texts at once: bounds the memory that lists of Python integers take
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlft.core.errors import ConfigError, DataError, nearest
 from rlft.data.rows import StoredFiles
 from rlft.data.source import Row, check_fractions
 from rlft.data.table import Paths, Table, found_files, given_inputs
-from rlft.errors import ConfigError, DataError, nearest
 
 DOCUMENTS = ("paragraphs", "lines")
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}

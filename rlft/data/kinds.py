@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 _FORMATS = ("jsonl", "csv", "parquet", "huggingface")
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from rlft.cache import key_of
+from rlft.core.cache_dir import key_of
+from rlft.core.errors import ConfigError, DataError, nearest
 from rlft.data.completions import CompletionData, truth
 from rlft.data.encode import Encoder, encode_texts
 from rlft.data.examples import Example, ExampleData, StoredExamples, Unusable
@@ -15,7 +16,6 @@ from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt
 from rlft.data.source import Row, Source
 from rlft.data.store import stored
-from rlft.errors import ConfigError, DataError, nearest
 
 
 class LabelledData(ExampleData):

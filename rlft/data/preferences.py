@@ -6,12 +6,12 @@ import math
 from itertools import chain
 from typing import Any
 
+from rlft.core.errors import DataError
 from rlft.data.completions import CompletionData
 from rlft.data.encode import Encoder
 from rlft.data.examples import Example, Unusable
 from rlft.data.kinds import Kind
 from rlft.data.source import Source
-from rlft.errors import DataError
 
 MARGIN = "margin"  # TRL's name of the column that says by how much the chosen completion is better
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from rlft.cache import key_of
+from rlft.core.cache_dir import key_of
+from rlft.core.errors import ConfigError, DataError, nearest
 from rlft.core.ranges import Size, SizeOrZero
-from rlft.counted import order
+from rlft.core.rng import order
 from rlft.data.encode import Encoder, chat_key, encode_texts, in_chunks, tokenizer_key
 from rlft.data.kinds import Kind
 from rlft.data.source import Row, Source, check_split, holds_out
 from rlft.data.store import Lazy, Store, Writer, stored
-from rlft.errors import ConfigError, DataError, nearest
 
 ON_LONG = ("error", "skip")
 

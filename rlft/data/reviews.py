@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from rlft.core.errors import ConfigError, DataError, nearest
 from rlft.data.rows import StoredFiles
 from rlft.data.source import Row, check_fractions
-from rlft.errors import ConfigError, DataError, nearest
 
 SOURCES = ("all", "imdb", "rotten_tomatoes")
 _NUMBERED = re.compile(r"&#\d+;")

@@ -82,7 +82,8 @@ class StoredSource(ABC):
 
     @cached_property
     def key(self) -> str | None:
-        """As `rlft.cache.Keyed` says; None for a class that is not rlft's own, whose code `VERSION` does not stand for.
+        """As `rlft.core.cache_dir.Keyed` says; None for a class that is not rlft's own: `VERSION` does not
+        stand for its code.
 
         It covers every attribute whose name does not begin with an underscore.
         """

@@ -11,9 +11,9 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-from rlft.cache import atomic_path, cache_dir
+from rlft.core.cache_dir import atomic_path, cache_dir
+from rlft.core.errors import ConfigError, DataError, nearest
 from rlft.data.source import SPLITS, Row, check_fractions, check_split, given_splits
-from rlft.errors import ConfigError, DataError, nearest
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

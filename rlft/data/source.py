@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from rlft.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, nearest
 
 SPLITS = ("train", "validation", "test")
 HASH_BYTES = 32  # of SHA-256
@@ -38,7 +38,8 @@ class Row:
 class Source(Protocol):
     """A data set that can be read split by split; `counts` says how many rows it has, dropped and kept.
 
-    A source may also have a `key` (`rlft.cache.Keyed`); what is made of its rows is then kept in the cache directory.
+    A source may also have a `key` (`rlft.core.cache_dir.Keyed`); what is made of its rows is then kept in the cache
+    directory.
     """
 
     @property

@@ -26,8 +26,8 @@ from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from rlft.cache import atomic_directory, cache_dir, digest
-from rlft.errors import DataError
+from rlft.core.cache_dir import atomic_directory, cache_dir, digest
+from rlft.core.errors import DataError
 
 VERSION = 1
 FLUSH_ITEMS = 1 << 18  # of a column, held in memory until they are written

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlft.core.errors import ConfigError, DataError, nearest
 from rlft.data.rows import StoredFiles
 from rlft.data.source import SPLITS, Row, check_fractions, check_split, sha256
-from rlft.errors import ConfigError, DataError, nearest
 
 Paths = str | list[str] | dict[str, str | list[str]]  # of the inputs, or of those of each split
 ON_BAD_ROW = ("error", "skip")

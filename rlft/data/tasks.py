@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from rlft.core.errors import ConfigError, nearest
 from rlft.core.ranges import CountOrZero, Size
-from rlft.counted import generator
+from rlft.core.rng import generator
 from rlft.data.source import Row, check_fractions, check_split, split_rows
-from rlft.errors import ConfigError, nearest
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SENTENCES = ("the quick brown", "fox jumps over a", "lazy dog and ran", "far into the wood")

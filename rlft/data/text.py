@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlft.cache import atomic_path, cache_dir, digest, key_of, texts_digest
+from rlft.core.cache_dir import atomic_path, cache_dir, digest, key_of, texts_digest
+from rlft.core.errors import ConfigError, DataError
 from rlft.core.ranges import Size
-from rlft.counted import generator, order
+from rlft.core.rng import generator, order
 from rlft.data.encode import Encoder, encode_texts, in_chunks, tokenizer_key
 from rlft.data.kinds import Kind
 from rlft.data.source import Source, check_split, holds_out
 from rlft.data.store import VERSION, Column
-from rlft.errors import ConfigError, DataError
 
 
 class TextData:

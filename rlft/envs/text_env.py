@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from rlft.counted import order
+from rlft.core.errors import ConfigError, DataError, nearest
+from rlft.core.rng import order
 from rlft.data.prompts import Prompt, PromptData
-from rlft.errors import ConfigError, DataError, nearest
 from rlft.rewards.compose import RewardSum
 from rlft.text.tokenizer import Tokenizer
 

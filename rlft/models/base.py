@@ -3,49 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rlft.models.attention import Segments
+from rlft.models.kv.base import Cache, CacheShape
 from rlft.models.optimizer import AdamW
-
-
-class Cache(Protocol):
-    """Keys and values of other tokens, as a model's attention layers meet them (`rlft/rollout/cache.py`).
-
-    A model of ours leaves attention to `attend`; one of another library asks for all keys and values by `extend`, and
-    for what may be seen of them by `mask`. Where all tokens that are there are new, `segments` may say which belong
-    together (on a CPU); attention then can do without `attend`.
-    """
-
-    segments: Segments | None
-    used: int  # slots that earlier tokens fill, gaps among them; the same in every row
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:
-        """Take a layer's new queries, keys and values `[B, H, num_new, D]`; return what attention gives, likewise."""
-
-    def mask(self, num_new: int) -> Tensor | None:
-        """Return what `num_new` new tokens may attend to: bool `[B or 1, 1, num_new, slots]`, True where they may.
-
-        `None` means plain causal attention among the new tokens, or, for a single new token, everything there is.
-        Called once for each forward, before any `extend`.
-        """
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a layer's new keys and values `[B, H, num_new, D]`; return those of all slots, old and new."""
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """What a preallocated cache must hold: layers, key/value heads, and the width of a head."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
 
 
 class CausalLM(nn.Module, ABC):

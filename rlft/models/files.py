@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rlft.errors import CheckpointError, ConfigError
-from rlft.paths import resolve
+from rlft.core.errors import CheckpointError, ConfigError
+from rlft.core.paths import resolve
 
 CONFIG_KEY = "config"  # the safetensors metadata entry under which our checkpoints hold the model's sizes
 

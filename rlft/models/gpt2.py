@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rlft.core.errors import CheckpointError, ConfigError
 from rlft.core.ranges import CountOrZero, Size
-from rlft.counted import generator
-from rlft.errors import CheckpointError, ConfigError
-from rlft.models import attention
-from rlft.models.base import Cache, CacheShape, CausalLM
+from rlft.core.rng import generator
+from rlft.cpu import attention
+from rlft.cpu.gelu import gelu
+from rlft.models.base import CausalLM
 from rlft.models.files import CONFIG_KEY, read_weights
-from rlft.models.gelu import gelu
+from rlft.models.kv.base import Cache, CacheShape
 
 # Published Conv1D weights are [in, out]; nn.Linear holds [out, in].
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from rlft.core.batch import Rows
 from rlft.core.ranges import NonNegative
 from rlft.models.base import CausalLM
-from rlft.models.rows import Rows, predictors
+from rlft.models.rows import predictors
 
 
 class Head(nn.Module, ABC):

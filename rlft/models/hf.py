@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from rlft.errors import CheckpointError, ConfigError, RlftError
-from rlft.models.base import Cache, CacheShape, CausalLM
+from rlft.core.batch import Rows
+from rlft.core.errors import CheckpointError, ConfigError, RlftError
+from rlft.models.base import CausalLM
 from rlft.models.files import checkpoint_config, local_directory
-from rlft.models.rows import Rows, predictors
-from rlft.rollout.cache import DecodeCache, PrefixCache
+from rlft.models.kv.base import Cache, CacheShape
+from rlft.models.kv.copied import DecodeCache
+from rlft.models.kv.prefix import PrefixCache
+from rlft.models.rows import predictors
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "architectures")  # say nothing of the architecture
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rlft.core.batch import Rows
 from rlft.functional.logprobs import token_logprobs
 from rlft.models.base import CausalLM
-from rlft.models.rows import Rows, predictors
+from rlft.models.rows import predictors
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
-from rlft.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, nearest
 from rlft.report.runs import Run
 from rlft.report.table import KL, REWARD, interval
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 # What differs between runs of one setting.
 _OF_A_RUN = {"seed", "run_dir", "resume", "dry_run", "tracker", "hardware", "log_every", "keep", "save_every"}

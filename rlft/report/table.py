@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from scipy.stats import t as student_t
 
-from rlft.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, nearest
+from rlft.core.printable import printable
 from rlft.report.runs import Run
-from rlft.trainer.progress import printable
 
 REWARD, KL = "eval/reward", "eval/kl_completion"
 

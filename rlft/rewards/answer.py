@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlft.errors import ConfigError, RewardError, nearest
+from rlft.core.errors import ConfigError, RewardError, nearest
 
 MODES = ("exact", "fraction", "characters")
 

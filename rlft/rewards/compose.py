@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlft.errors import ConfigError, DataError, RewardError, RlftError, nearest
+from rlft.core.errors import ConfigError, DataError, RewardError, RlftError, nearest
 
 OWN_KEYWORDS = ("prompts", "completions", "completion_ids")
 MESSAGES = "prompt_messages"  # handed to a reward that names it: each prompt's conversation, or None

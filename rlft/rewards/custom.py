@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlft.errors import ConfigError, RewardError, nearest
+from rlft.core.errors import ConfigError, RewardError, nearest
 from rlft.rewards.compose import OWN_KEYWORDS
 
 FORMS = "package.module:function or /path/to/file.py:function"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 
 class Keyword:

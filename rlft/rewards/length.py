@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 
 class Length:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 
 class Overlong:

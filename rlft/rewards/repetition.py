@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 ITEM = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")  # a word ("didn't" is one) or a mark
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from rlft.core.batch import pad
+from rlft.core.errors import CheckpointError, ConfigError, RewardError, nearest
+from rlft.core.manifest import verify
 from rlft.core.ranges import Size
-from rlft.errors import CheckpointError, ConfigError, RewardError, nearest
 from rlft.models.base import CausalLM
 from rlft.models.files import checkpoint_config
 from rlft.models.gpt2 import GPT2
 from rlft.text.huggingface import huggingface
-from rlft.trainer.batch import pad
-from rlft.trainer.checkpoint import verify
 
 OUTPUTS = ("probability", "signed", "logit")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from rlft.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, nearest
 
 TARGETS = ("positive", "negative")
 SCALES = ("graded", "binary")

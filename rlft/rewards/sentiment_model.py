@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from rlft.core.errors import ConfigError, RewardError, nearest
+from rlft.core.paths import resolve
 from rlft.core.ranges import Size
-from rlft.errors import ConfigError, RewardError, nearest
-from rlft.paths import resolve
 from rlft.text.huggingface import load_errors
 
 SST2 = "distilbert-base-uncased-finetuned-sst-2-english"

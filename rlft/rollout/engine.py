@@ -11,15 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlft.core.batch import Rows, pad
+from rlft.core.metrics import Clock
+from rlft.cpu import compiled
+from rlft.cpu import decode as compiled_loop
 from rlft.models.base import CausalLM
-from rlft.models.rows import Rows, prefill
-from rlft.rollout import graph, loop
-from rlft.rollout.cache import DecodeCache, PrefixCache
+from rlft.models.gpt2 import GPT2
+from rlft.models.kv.copied import DecodeCache
+from rlft.models.kv.shared import SharedDecodeCache
+from rlft.models.kv.static import StaticCache
+from rlft.models.rows import prefill
+from rlft.rollout import cuda_graph
 from rlft.rollout.sampling import Sampling, uniforms
-from rlft.rollout.shared import SharedDecodeCache
-from rlft.rollout.table import Table
-from rlft.trainer.batch import pad
-from rlft.trainer.metrics import Clock
+from rlft.rollout.state import Active, RolloutState
 
 CHECK_EVERY = 8  # steps between two looks at which rows ended, on a GPU, which each look waits for
 KEEP_FRACTION = 0.75  # rows are compacted when fewer than this share of those in the cache still decode
@@ -112,13 +116,13 @@ def generate(
         ).to(device)
     was_training = policy.training
     policy.eval()
-    table = Table(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
-    if (sampling.max_rows or len(room)) >= len(room) and loop.fits(policy, sampling, device):
+    table = RolloutState(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
+    if (sampling.max_rows or len(room)) >= len(room) and fits_cpu(policy, sampling, device):
         with clock("prefill"):
             last, prefix = prefill(policy, prompt_ids, lengths)
         with clock("decode"):
-            table.ids, table.logprobs, table.counts, table.stopped = loop.decode(
-                policy, prefix, last[prompt_of_row], prompt_of_row, room, draws,
+            table.ids, table.logprobs, table.counts, table.stopped = compiled_loop.decode(
+                policy, prefix.keys, prefix.values, prefix.lengths, last[prompt_of_row], prompt_of_row, room, draws,
                 max_new=max_new, temperature=sampling.temperature, eos_id=eos_id,
             )  # fmt: skip
     else:
@@ -158,33 +162,12 @@ class _Queue:
         return max(len(self.units[0]), int(self.max_rows * (1 - KEEP_FRACTION))) if self.units else 0
 
 
-@dataclass
-class _Active:
-    """Rows that decode together, A of them."""
-
-    rows: Tensor  # [A] their numbers
-    done: Tensor  # [A] tokens that each has drawn
-    position: Tensor  # [A] of each one's next token
-    hidden: Tensor  # [A, C] that predicts it
-    cache: DecodeCache | SharedDecodeCache | graph.StaticCache | None  # None: one new token follows from the prompt
-    prefix: PrefixCache
-    prompt_of_row: Tensor  # [A] in `prefix`
-    is_mixed: bool = False  # whether some joined later than others
-
-    def joined(self, other: _Active) -> _Active:
-        assert isinstance(self.cache, DecodeCache | SharedDecodeCache)
-        self.cache.join(other.prefix, other.prompt_of_row)
-        rows, done = torch.cat([self.rows, other.rows]), torch.cat([self.done, other.done])
-        position, hidden = torch.cat([self.position, other.position]), torch.cat([self.hidden, other.hidden])
-        return _Active(rows, done, position, hidden, self.cache, other.prefix, other.prompt_of_row, is_mixed=True)
-
-
 def _in_turn(
-    policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, table: Table, *, group_size: int, clock: Clock
+    policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, table: RolloutState, *, group_size: int, clock: Clock
 ) -> None:
     """Fill the table: begin as many rows as may decode at once, and others as those end."""
     queue = _Queue(len(lengths), group_size=group_size, max_rows=table.sampling.max_rows)
-    active: _Active | None = None
+    active: Active | None = None
     while (units := queue.take(0 if active is None else len(active.rows))) or active is not None:
         if units:
             with clock("prefill"):
@@ -192,8 +175,8 @@ def _in_turn(
                 active = started if active is None else active.joined(started)
         with clock("decode"):
             assert active is not None
-            if isinstance(active.cache, graph.StaticCache):
-                graph.decode(policy, active, table, check_every=CHECK_EVERY)
+            if isinstance(active.cache, StaticCache):
+                cuda_graph.decode(policy, active, table, check_every=CHECK_EVERY)
                 active = None
             else:
                 active = _decode(policy, active, table, until_free=queue.wanted)
@@ -201,7 +184,7 @@ def _in_turn(
 
 def _start(
     policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, units: list[range], *, group_size: int, max_new: int
-) -> _Active:
+) -> Active:
     """Forward the prompts of some units and make a cache for their rows."""
     prompts = torch.tensor([unit[0] // group_size for unit in units], device=lengths.device)
     sizes = torch.tensor([len(unit) for unit in units], device=lengths.device)
@@ -209,25 +192,25 @@ def _start(
     prompt_of_row = torch.arange(len(units), device=lengths.device).repeat_interleave(sizes)
     hidden, prefix = prefill(policy, prompt_ids[prompts, : int(lengths.max())], lengths)
     is_shared = policy.takes_packed and len(prompt_of_row) > len(units)
-    cache_type: type[DecodeCache | SharedDecodeCache | graph.StaticCache]
+    cache_type: type[DecodeCache | SharedDecodeCache | StaticCache]
     cache_type = SharedDecodeCache if is_shared else DecodeCache
-    if graph.fits(policy, lengths.device):
-        cache_type = graph.StaticCache
+    if cuda_graph.fits(policy, lengths.device):
+        cache_type = StaticCache
     cache = None
     if max_new > 1:
         cache = cache_type(prefix, prompt_of_row, max_new_tokens=max_new, shape=policy.cache_shape)
     rows = torch.tensor([row for unit in units for row in unit], device=lengths.device)
-    return _Active(
+    return Active(
         rows, torch.zeros_like(rows), lengths[prompt_of_row], hidden[prompt_of_row], cache, prefix, prompt_of_row
     )
 
 
-def _decode(policy: CausalLM, active: _Active, table: Table, *, until_free: int) -> _Active | None:
+def _decode(policy: CausalLM, active: Active, table: RolloutState, *, until_free: int) -> Active | None:
     """Decode until `until_free` rows have ended (0: all of them); return those that are left, None for none."""
     head = policy.head_weight.to(active.hidden.dtype).t()
     check_every = 1 if active.rows.device.type == "cpu" else CHECK_EVERY
     can_end, num_rows, cache = table.ends_early or active.is_mixed, len(active.rows), active.cache
-    assert not isinstance(cache, graph.StaticCache)
+    assert not isinstance(cache, StaticCache)
     for step in range(1, table.max_new + 1):
         logits, temperature = active.hidden @ head, table.sampling.temperature
         token = table.draw(logits if temperature == 1.0 else logits / temperature, active.rows, active.done)
@@ -253,6 +236,19 @@ def _decode(policy: CausalLM, active: _Active, table: Table, *, until_free: int)
         if has_room_to_join:
             return active
     return None
+
+
+def fits_cpu(policy: CausalLM, sampling: Sampling, device: torch.device) -> bool:
+    """Return whether the compiled loop of `rlft.cpu.decode` does what the loop here does for this policy."""
+    return (
+        type(policy) is GPT2
+        and policy.mask_id is None
+        and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in policy.parameters())
+        and device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and (sampling.top_k, sampling.top_p, sampling.min_new_tokens) == (0, 1.0, 0)
+        and compiled.is_possible()
+    )
 
 
 def _check_prompts(prompts: list[list[int]], context_length: int) -> None:

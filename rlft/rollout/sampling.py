@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlft.counted import random_rows
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
+from rlft.core.rng import random_rows
 
 BLOCK = 256  # tokens whose mass is first summed, in a large vocabulary
 BELOW_ONE = 1.0 - 2.0**-53

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from rlft.models.base import CausalLM
+from rlft.models.kv.copied import DecodeCache
 from rlft.models.rows import prefill
-from rlft.rollout.cache import DecodeCache
 from rlft.rollout.sampling import Sampling, uniforms
-from rlft.rollout.table import Table
+from rlft.rollout.state import RolloutState
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def stream(
             seed=seed, stream=stream, step=step, prompts=[prompt_number], members=[member], num_tokens=max_new
         )
         draws = torch.from_numpy(numbers).to(device)
-    table = Table(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
+    table = RolloutState(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
     row = torch.zeros(1, dtype=torch.int64, device=device)
     hidden, prefix = prefill(policy, torch.tensor([prompt], device=device), lengths)
     cache = DecodeCache(prefix, row, max_new_tokens=max_new, shape=policy.cache_shape)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlft.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, nearest
 from rlft.models.base import CausalLM
 from rlft.rollout.sampling import sample, uniforms
 

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
-from rlft.errors import ConfigError, DataError
+from rlft.core.errors import ConfigError, DataError
 from rlft.text.tokenizer import Tokenizer
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rlft.cache import atomic_path, cache_dir, digest, key_of, texts_digest
+from rlft.core.cache_dir import atomic_path, cache_dir, digest, key_of, texts_digest
+from rlft.core.errors import ConfigError
 from rlft.core.ranges import Size
-from rlft.errors import ConfigError
 from rlft.text.backend import BackendTokenizer, with_post_processor
 from rlft.text.tokenizer import Texts, Tokenizer, check_text
 
@@ -27,7 +27,7 @@ def trained_bpe(*, source: Texts, vocab_size: Size) -> Tokenizer:
     """Return a byte-level BPE trained on the train split of `source`.
 
     The same texts and size give the same tokenizer, bit for bit. It is kept in the cache directory, so that only the
-    first call trains, and reads the texts where the source has a key (`rlft.cache.Keyed`).
+    first call trains, and reads the texts where the source has a key (`rlft.core.cache_dir.Keyed`).
 
     Arguments:
         source: has `rows("train")`, whose items have `text` and `where`.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
-from rlft.cache import atomic_path, cache_dir, digest, key_of
-from rlft.errors import ConfigError, DataError
+from rlft.core.cache_dir import atomic_path, cache_dir, digest, key_of
+from rlft.core.errors import ConfigError, DataError
 from rlft.text.backend import BackendTokenizer, with_post_processor
 from rlft.text.tokenizer import Texts, check_text
 

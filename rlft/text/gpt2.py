@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlft.errors import ConfigError
-from rlft.paths import resolve
+from rlft.core.errors import ConfigError
+from rlft.core.paths import resolve
 from rlft.text.huggingface import huggingface
 from rlft.text.tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import tokenizers
 
-from rlft.errors import ConfigError
-from rlft.paths import resolve
+from rlft.core.errors import ConfigError
+from rlft.core.paths import resolve
 from rlft.text.backend import BackendTokenizer, with_post_processor
 from rlft.text.tokenizer import Tokenizer
 

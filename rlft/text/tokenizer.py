@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlft.errors import DataError
+from rlft.core.errors import DataError
 
 BATCH = 1024  # texts encoded at once: a backend holds about 100 bytes for each token until the ids are taken out
 HALF = "\ufffd"  # what decoding shows of a character whose bytes are not all there

@@ -8,7 +8,6 @@ nothing pickled is ever written or loaded.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlft.errors import CheckpointError
+from rlft.core import manifest
+from rlft.core.errors import CheckpointError
 from rlft.models.base import CausalLM
 from rlft.models.files import CONFIG_KEY
 
@@ -53,17 +53,11 @@ class Checkpoints:
             save_file(_weights(head), temporary / "head.safetensors")
         save_file(_flatten(optimizer.state_dict()["state"]), temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step} | state, indent=1))
-        manifest = {}
-        for path in sorted(temporary.iterdir()):
-            _fsync(path)
-            manifest[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _fsync(temporary / "manifest.json")
-        _fsync(temporary)
+        manifest.write(temporary)
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _fsync(self.directory)
+        manifest.fsync(self.directory)
         self._drop_old(best_step)
         return final
 
@@ -79,7 +73,7 @@ class Checkpoints:
     def state(self, step: int) -> dict:
         """Return the state of a checkpoint, verified, without its weights; raises `CheckpointError`."""
         path = self.path(step)
-        verify(path)
+        manifest.verify(path)
         return json.loads((path / "state.json").read_text())
 
     def load(
@@ -117,26 +111,6 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def verify(path: Path) -> None:
-    """Check a checkpoint directory against its manifest; raises `CheckpointError` naming the file that is wrong."""
-    manifest_path = path / "manifest.json"
-    if not manifest_path.is_file():
-        raise CheckpointError(f"{path} has no manifest.json: it is not a complete checkpoint")
-    try:
-        manifest = {name: (one["size"], one["sha256"]) for name, one in json.loads(manifest_path.read_text()).items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{manifest_path} is damaged ({error}). Delete {path} to resume from the checkpoint before it"
-        ) from error
-    for name, (size, sha256) in manifest.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size or _sha256(file) != sha256:
-            raise CheckpointError(
-                f"{file} is missing or damaged (size or SHA-256 differ from the manifest). Delete {path} to resume "
-                f"from the checkpoint before it"
-            )
-
-
 def _check_config(path: Path, policy: CausalLM) -> None:
     """Refuse the checkpoint of another architecture, also where all shapes agree (GPT-2's n_head is in none)."""
     with safe_open(path / "policy.safetensors", framework="pt") as file:
@@ -166,16 +140,3 @@ def _restore(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor], path: Pa
         if any(shape != parameter.shape for shape in shapes.values()):
             raise CheckpointError(f"{path}: optimizer state {i} has shapes {shapes}, needs {list(parameter.shape)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

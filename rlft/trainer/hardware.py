@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 
+from rlft.core.errors import ConfigError
 from rlft.core.ranges import Range
-from rlft.errors import ConfigError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rlft.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, nearest
 
 SCHEDULES = ("constant", "linear", "cosine")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

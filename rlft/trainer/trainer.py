@@ -17,19 +17,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlft.algos.base import Algorithm, Totals
-from rlft.counted import generator
-from rlft.errors import ConfigError, NonFiniteError
+from rlft.algos.base import Algorithm
+from rlft.core.batch import Batch, Denominators
+from rlft.core.errors import ConfigError, NonFiniteError
+from rlft.core.metrics import Clock, JsonlFile, Means, traced
+from rlft.core.rng import generator
 from rlft.models.base import CausalLM
 from rlft.models.scorer import Scorer
-from rlft.trainer import efficiency
-from rlft.trainer.batch import Batch
+from rlft.tracking import efficiency
+from rlft.tracking.progress import Progress
+from rlft.tracking.trackers import Tracker
 from rlft.trainer.checkpoint import Checkpoints
-from rlft.trainer.metrics import Clock, JsonlFile, Means, traced
-from rlft.trainer.progress import Progress
 from rlft.trainer.schedule import learning_rate
 from rlft.trainer.settings import TrainSettings, TrainState
-from rlft.trainer.trackers import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # takes a while to import
@@ -178,7 +178,7 @@ class Trainer:
         }  # fmt: skip
 
     def _accumulate(
-        self, batch: Batch, totals: Totals, means: Means, step: int, update: int
+        self, batch: Batch, totals: Denominators, means: Means, step: int, update: int
     ) -> tuple[Tensor, list[Batch]]:
         """Run forward and backward over the batch's micro-batches; return this rank's loss and what was run."""
         limits = {"max_rows": self.settings.micro_batch, "max_tokens": self.settings.micro_batch_tokens}
@@ -221,10 +221,10 @@ class Trainer:
             final_fraction=s.final_learning_rate_fraction,
         )  # fmt: skip
 
-    def _totals(self, batch: Batch) -> Totals:
+    def _totals(self, batch: Batch) -> Denominators:
         counts = torch.tensor([batch.num_tokens, batch.num_rows], device=self.accelerator.device, dtype=torch.float64)
         tokens, rows = self.accelerator.reduce(counts, reduction="sum").tolist()
-        return Totals(num_tokens=tokens, num_sequences=rows)
+        return Denominators(num_tokens=tokens, num_sequences=rows)
 
     def _update(self, batch: Batch, loss: float, rate: float) -> float:
         """Clip and step; a loss or gradient that is not finite skips the step, and three in a row stop the run."""

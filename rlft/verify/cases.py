@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from rlft import build
-from rlft.algos.policy_gradient import PolicyGradient
+from rlft.algos.online.policy_gradient import PolicyGradient
+from rlft.core.metrics import Clock
 from rlft.models.base import CausalLM
 from rlft.rollout.sampling import Sampling
-from rlft.trainer.metrics import Clock
 from rlft.verify.formulas import Formula
 from rlft.verify.tasks import Completion, Task, dense, endings, match
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlft.core.metrics import Means
 from rlft.functional import kl as estimators
-from rlft.trainer.metrics import Means
 from rlft.verify import exact
 from rlft.verify.cases import KL, Case
 from rlft.verify.formulas import Formula

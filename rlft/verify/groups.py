@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlft.algos.baselines import RunningBaseline
+from rlft.algos.online.baselines import RunningBaseline
+from rlft.core.batch import Batch
 from rlft.models.heads import Critic, Head, ValueHead
-from rlft.trainer.batch import Batch
 from rlft.verify import exact
 from rlft.verify.cases import Case, composed, settings_of
 from rlft.verify.formulas import Array, ByHand, Sample, Tables, log_softmax

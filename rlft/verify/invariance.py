@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlft.algos.base import Totals
-from rlft.algos.baselines import RunningBaseline
+from rlft.algos.online.baselines import RunningBaseline
+from rlft.core.batch import Denominators, Rows
+from rlft.core.metrics import Means
 from rlft.data.prompts import Prompt
-from rlft.models.rows import Rows
 from rlft.models.scorer import Scorer
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling
-from rlft.trainer.metrics import Means
 from rlft.verify.cases import CASES, Case, composed
 from rlft.verify.groups import SAME, TEMPERATURE
 from rlft.verify.listed import Listed
@@ -107,7 +106,7 @@ class Bench:
             self.algorithm.advantage.load_state_dict({"mean": 0.25, "num_batches": 3})
         self.listed.queue.append((prompts, rollout))
         batch, means = self.algorithm.collect(0), Means()
-        totals = Totals(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
+        totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
         trained = list(self.scorer.parameters())
         before = [p.detach().clone() for p in trained]
         with torch.no_grad():

@@ -8,17 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rlft.algos.base import Totals
-from rlft.algos.policy_gradient import PolicyGradient
-from rlft.algos.rollouts import Rollouts, Sampled
-from rlft.algos.scoring import score
+from rlft.algos.online.policy_gradient import PolicyGradient
+from rlft.algos.online.rollouts import Rollouts, Sampled
+from rlft.algos.online.scoring import score
+from rlft.core.batch import Batch, Denominators, Rows, pad
+from rlft.core.metrics import Means
 from rlft.data.prompts import Prompt
-from rlft.models.rows import Rows
 from rlft.models.scorer import Scorer
 from rlft.rewards.compose import RewardOutput
 from rlft.rollout.engine import Rollout
-from rlft.trainer.batch import Batch, pad
-from rlft.trainer.metrics import Means
 from rlft.verify.formulas import Array, Sample
 from rlft.verify.tasks import Completion, Task
 
@@ -63,5 +61,5 @@ def sample_of(task: Task, prompt: int, ids: Completion, *, greedy_reward: float 
 
 def loss_of(algorithm: PolicyGradient, batch: Batch, *, update: int, means: Means | None = None) -> Tensor:
     """Return the loss of a whole batch at one of its updates."""
-    totals = Totals(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
+    totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
     return algorithm.loss(Scorer(algorithm.policy, algorithm.head), batch, totals, means or Means(), update=update)

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlft.errors import ConfigError
-from rlft.models.base import Cache, CacheShape, CausalLM
+from rlft.core.errors import ConfigError
+from rlft.models.base import CausalLM
+from rlft.models.kv.base import Cache, CacheShape
 
 
 class TabularPolicy(CausalLM):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from rlft.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, nearest
 from rlft.verify import divergence, groups, invariance, neural, optimum, refill, sampled, training
 from rlft.verify.cases import CASES, Case, algorithm_node
 from rlft.verify.rows import Row

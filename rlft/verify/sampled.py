@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlft.counted import generator
+from rlft.core.rng import generator
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling
 from rlft.verify import exact

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlft.counted import generator
+from rlft.core.rng import generator
 from rlft.data.prompts import PromptData
 from rlft.data.source import Row
 from rlft.rewards.compose import RewardOutput, RewardSum

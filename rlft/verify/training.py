@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
-from rlft.algos.policy_gradient import PolicyGradient
+from rlft.algos.online.policy_gradient import PolicyGradient
 from rlft.models.base import CausalLM
-from rlft.models.reference import initial
-from rlft.trainer.progress import Progress
+from rlft.references.frozen import initial
+from rlft.tracking.progress import Progress
+from rlft.tracking.trackers import NullTracker
 from rlft.trainer.settings import TrainSettings
-from rlft.trainer.trackers import NullTracker
 from rlft.trainer.trainer import Trainer
 from rlft.verify import exact, fixed_points
 from rlft.verify.cases import CASES, Case, composed, settings_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.algos.base import Totals
+from rlft.core.batch import Denominators
+from rlft.core.metrics import Means
 from rlft.models.scorer import Scorer
-from rlft.trainer.metrics import Means
 from tests.builders import Float64Rewards, policy_gradient, reward_sum, tiny
 
 NAMES = ["grpo", "dr_grpo", "rloo", "reinforce"]
@@ -31,7 +31,7 @@ def build(name: str, *overrides: str, **arguments):
 
 
 def loss_of(algorithm, batch, *, update: int, means: Means | None = None) -> Tensor:
-    totals = Totals(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
+    totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
     return algorithm.loss(Scorer(algorithm.policy), batch, totals, means or Means(), update=update)
 
 

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
+from rlft.core.errors import ConfigError, DataError
 from rlft.data.completions import CompletionData
 from rlft.data.files import Csv, Jsonl
 from rlft.data.labelled import UnpairedData
 from rlft.data.preferences import PreferenceData
 from rlft.data.source import SPLITS
-from rlft.errors import ConfigError, DataError
 from rlft.text.bpe import trained_bpe
 
 EOS = 256  # of the tokenizer of bytes

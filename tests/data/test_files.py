@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 
+from rlft.core.errors import ConfigError, DataError
 from rlft.data.files import Csv, HuggingFaceData, Jsonl, Parquet, TextFile
 from rlft.data.source import SPLITS, Row
-from rlft.errors import ConfigError, DataError
 
 WHOLE = {"validation": 0.0, "test": 0.0}
 RECORDS = [{"prompt": "2 + 2 =", "answer": 4}, {"prompt": "3 + 5 =", "answer": 8}]

@@ -13,8 +13,8 @@ from hydra.utils import get_class
 
 from rlft import build
 from rlft.config import checked
+from rlft.core.errors import ConfigError
 from rlft.data.kinds import Kind, check_kind
-from rlft.errors import ConfigError
 from rlft.models.gpt2 import GPT2
 from tests.test_config import composed
 
@@ -64,7 +64,7 @@ def test_the_choices_that_messages_name_are_the_files():
 
 
 def test_pairs_for_a_file_are_ranked_from_prompts_alone():
-    from rlft.rank_pairs import RankPairs
+    from rlft.algos.online.rank_pairs import RankPairs
 
     check_kind(RankPairs, target("data", "reviews"))
     with pytest.raises(ConfigError, match=r"algo \(RankPairs\) reads prompts .*data \(TextData\) holds plain text"):

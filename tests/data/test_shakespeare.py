@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rlft.core.errors import ConfigError, DataError
 from rlft.data import shakespeare
 from rlft.data.shakespeare import Shakespeare
 from rlft.data.source import SPLITS
-from rlft.errors import ConfigError, DataError
 
 REAL = Path("/work/shared/data/tinyshakespeare.txt")
 PLAY = "".join(f"KING {i}:\nInvented speech number {i},\nof two lines.\n\n" for i in range(100))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlft.core.errors import ConfigError
 from rlft.data.source import SPLITS, Row, check_split, given_splits, normalised, split_of, split_rows
-from rlft.errors import ConfigError
 
 
 def test_split_is_the_hash_of_the_text_read_as_a_number():

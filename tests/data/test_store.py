@@ -6,9 +6,9 @@ import threading
 import numpy as np
 import pytest
 
+from rlft.core.errors import DataError
 from rlft.data import store
 from rlft.data.store import Lazy, Store, file_key, stored
-from rlft.errors import DataError
 
 ROWS = [b"one", b"", b"three"]
 

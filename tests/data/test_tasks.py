@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rlft.core.errors import ConfigError, RewardError
 from rlft.data.tasks import Task
-from rlft.errors import ConfigError, RewardError
 from rlft.rewards.answer import Answer
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from rlft.core.errors import ConfigError, DataError
 from rlft.data.text import TextData
-from rlft.errors import ConfigError, DataError
 
 EOS = 256  # of the tokenizer of bytes
 

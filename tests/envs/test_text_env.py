@@ -16,12 +16,12 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
-from rlft.algos.scoring import score
-from rlft.counted import order
+from rlft.algos.online.scoring import score
+from rlft.core.errors import ConfigError, DataError
+from rlft.core.rng import order
 from rlft.data.prompts import PromptData
 from rlft.data.source import Row
 from rlft.envs.text_env import TextEnv
-from rlft.errors import ConfigError, DataError
 from rlft.rewards.compose import RewardSum
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling

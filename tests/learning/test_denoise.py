@@ -7,11 +7,11 @@ import math
 
 import torch
 
-from rlft.algos.denoise import Denoise
-from rlft.counted import generator
+from rlft.algos.offline.denoise import Denoise
+from rlft.core.batch import Batch
+from rlft.core.rng import generator
 from rlft.models.gpt2 import GPT2, GPT2Config
-from rlft.trainer.batch import Batch
-from tests.algos.denoising import Text, denoise
+from tests.algos.offline.denoising import Text, denoise
 from tests.builders import perturbed, trainer
 
 

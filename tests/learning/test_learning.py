@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlft.counted import generator
-from rlft.models.reference import initial
+from rlft.core.rng import generator
+from rlft.references.frozen import initial
 from rlft.rewards.compose import RewardOutput, RewardSum
 from rlft.trainer.trainer import Trainer
 from tests.builders import (

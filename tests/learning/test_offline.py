@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from rlft.counted import generator
-from rlft.models.reference import initial
+from rlft.core.rng import generator
+from rlft.references.frozen import initial
 from rlft.rollout.sampling import Sampling
 from rlft.trainer.trainer import Trainer
-from tests.algos.offline import build_offline, completions, judged, labelled, pairs
+from tests.algos.offline.builders import build_offline, completions, judged, labelled, pairs
 from tests.builders import ALPHABET, FixedPrompts, reward_sum, share_of_a, tiny, trainer
 from tests.learning.test_learning import PROMPTS, ShuffledRewards
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.models.gpt2 import GPT2, GPT2Config
 from rlft.models.scorer import Scorer
 from rlft.rollout.engine import generate

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlft.errors import CheckpointError, ConfigError
+from rlft.core.errors import CheckpointError, ConfigError
 from rlft.models.gpt2 import GPT2
 from rlft.trainer.checkpoint import Checkpoints
 from tests.models.peer import peer, saved

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import rlft.models.gpt2
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.models.gpt2 import GPT2, GPT2Config
 from tests.models.peer import peer, saved
 from tests.models.tiny import logits_of, random_ids, tiny

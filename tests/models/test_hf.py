@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rlft.errors import CheckpointError, ConfigError
+from rlft.core.errors import CheckpointError, ConfigError
 from rlft.models.hf import HFCausalLM
-from rlft.models.reference import checkpoint, initial
 from rlft.models.scorer import Scorer
+from rlft.references.frozen import checkpoint, initial
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
 from rlft.trainer.checkpoint import Checkpoints

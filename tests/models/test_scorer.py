@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlft.core.batch import Batch, Rows
 from rlft.functional.aggregation import token_mean
 from rlft.models import gpt2
 from rlft.models.gpt2 import GPT2
-from rlft.models.rows import Rows
 from rlft.models.scorer import Scorer
-from rlft.trainer.batch import Batch
 from tests.models.tiny import logits_of, plain_logprobs, random_ids, rows_of, tiny
 
 # Unequal prompts, shared by 3, 1, 2 and 2 rows; in a context of 24 the last rows end at the last position.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlft.core.batch import Rows
 from rlft.models.base import CausalLM
 from rlft.models.gpt2 import GPT2, GPT2Config
-from rlft.models.rows import Rows
 
 
 def tiny(

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from rlft.cli import main as command
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.report.runs import read_groups
 from rlft.report.table import at_kl, interval, results, samples
 

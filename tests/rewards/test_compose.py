@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlft.errors import ConfigError, DataError, RewardError
+from rlft.core.errors import ConfigError, DataError, RewardError
 from rlft.rewards.compose import RewardSum
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlft.errors import ConfigError, RewardError
+from rlft.core.errors import ConfigError, RewardError
 from rlft.rewards.compose import RewardSum
 from rlft.rewards.custom import Custom
 

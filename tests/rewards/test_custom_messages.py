@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from rlft.algos.scoring import score
+from rlft.algos.online.scoring import score
+from rlft.core.errors import ConfigError, RewardError
 from rlft.data.prompts import PromptData
 from rlft.data.source import Row
-from rlft.errors import ConfigError, RewardError
 from rlft.rewards.compose import RewardSum
 from rlft.rewards.custom import Custom
-from tests.algos.offline import Memory
+from tests.algos.offline.builders import Memory
 from tests.builders import TOKENIZER
 
 LAZY = """

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlft.errors import CheckpointError, ConfigError, RewardError
+from rlft.core.errors import CheckpointError, ConfigError, RewardError
 from rlft.rewards.reward_model import RewardModel
-from tests.algos.offline import PAIRS, build_offline, labelled, pairs
+from tests.algos.offline.builders import PAIRS, build_offline, labelled, pairs
 from tests.builders import TOKENIZER, perturbed, policy_gradient, tiny, trainer
 
 PROMPTS, COMPLETIONS = ["abc", "d", "efghijk", ""], ["dd", "", "a", "kk"]

@@ -17,7 +17,7 @@ from transformers import (
     DistilBertTokenizer,
 )
 
-from rlft.errors import ConfigError, RewardError
+from rlft.core.errors import ConfigError, RewardError
 from rlft.rewards.compose import RewardSum
 from rlft.rewards.sentiment_model import SentimentModel
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.rewards.keyword import Keyword
 from rlft.rewards.length import Length
 from rlft.rewards.phrase_ending import PhraseEnding

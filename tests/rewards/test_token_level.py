@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlft.errors import ConfigError, RewardError
+from rlft.core.errors import ConfigError, RewardError
 from rlft.rewards.compose import RewardSum
 from rlft.rewards.next_token import NextToken
 from rlft.rewards.overlong import Overlong

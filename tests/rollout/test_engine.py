@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlft.models.gpt2 import GPT2
+from rlft.models.kv.copied import DecodeCache
+from rlft.models.kv.shared import SharedDecodeCache
 from rlft.models.scorer import Scorer
 from rlft.rollout import engine
-from rlft.rollout.cache import DecodeCache
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling, uniforms
-from rlft.rollout.shared import SharedDecodeCache
 from tests.models.tiny import logits_of, plain_logprobs, random_ids, tiny
 
 PROMPTS = random_ids(1, [3, 1, 7, 12, 3])

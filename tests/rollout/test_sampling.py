@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.rollout import sampling
 from rlft.rollout.sampling import Sampling, filtered, sample, uniforms
 

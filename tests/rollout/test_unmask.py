@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.models.gpt2 import GPT2, GPT2Config
 from rlft.rollout.sampling import uniforms
 from rlft.rollout.unmask import ORDERS, Unmasking, unmask

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlft.errors import ConfigError, DataError
+from rlft.core.errors import ConfigError, DataError
 from rlft.text import bpe
 from rlft.text.bpe import trained_bpe
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlft.errors import ConfigError, DataError
+from rlft.core.errors import ConfigError, DataError
 from rlft.text.characters import characters
 
 

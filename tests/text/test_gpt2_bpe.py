@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Tokenizer
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.models.gpt2 import GPT2, GPT2Config
 from rlft.text import gpt2
 from rlft.text.backend import BackendTokenizer

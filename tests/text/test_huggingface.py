@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer
 
-from rlft.errors import ConfigError
-from rlft.paths import resolve
+from rlft.core.errors import ConfigError
+from rlft.core.paths import resolve
 from rlft.text.backend import BackendTokenizer
 from rlft.text.bpe import trained_bpe
 from rlft.text.characters import characters

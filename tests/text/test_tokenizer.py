@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2Tokenizer
 
-from rlft.errors import ConfigError, DataError
+from rlft.core.errors import ConfigError, DataError
 from rlft.text import tokenizer as tokenizer_module
 from rlft.text.backend import BackendTokenizer
 from rlft.text.bpe import trained_bpe

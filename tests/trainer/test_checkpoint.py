@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlft.errors import CheckpointError
+from rlft.core import manifest
+from rlft.core.errors import CheckpointError
 from rlft.models.gpt2 import GPT2
 from rlft.trainer import checkpoint
 from rlft.trainer.checkpoint import Checkpoints
@@ -179,7 +180,7 @@ def test_a_kill_at_any_moment_leaves_the_previous_checkpoint_or_the_new_one(save
             return wrapped
 
         with monkeypatch.context() as patch:
-            for place, name in ((checkpoint, "save_file"), (checkpoint, "_fsync"), (checkpoint.os, "rename")):
+            for place, name in ((checkpoint, "save_file"), (manifest, "fsync"), (checkpoint.os, "rename")):
                 patch.setattr(place, name, or_killed(getattr(place, name)))
             patch.setattr(Path, "write_text", or_killed(Path.write_text))
             try:

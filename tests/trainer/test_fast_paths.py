@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from rlft import compiled
 from rlft.algos.base import Algorithm
-from rlft.algos.policy_gradient import PolicyGradient
+from rlft.algos.online.policy_gradient import PolicyGradient
+from rlft.core.batch import Batch
+from rlft.cpu import attention, compiled, gelu
+from rlft.cpu import decode as loop
 from rlft.functional import logprobs
-from rlft.models import attention, gelu
-from rlft.models import rows as models_rows
 from rlft.models.gpt2 import GPT2
-from rlft.rollout import engine, loop, sampling
-from rlft.trainer.batch import Batch
+from rlft.models.kv import packed
+from rlft.rollout import engine, sampling
 from tests.builders import policy_gradient, rows_of, tiny, trainer
 
 
@@ -49,7 +49,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
 )
 def test_the_same_weights_come_out(way: str, plain: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: dict[str, Any] = {}
-    monkeypatch.setattr(models_rows, "WORTH_LEAVING", 2.0 if way == "last layer" else 0.0)
+    monkeypatch.setattr(packed, "WORTH_LEAVING", 2.0 if way == "last layer" else 0.0)
     if way == "blocks":
         monkeypatch.setattr(sampling, "BLOCK", 5)
     if way == "compacted":

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlft.errors import CheckpointError
-from rlft.models.reference import initial
+from rlft.core.errors import CheckpointError
+from rlft.references.frozen import initial
 from rlft.trainer.trainer import Trainer
-from tests.algos.offline import build_offline, pairs
+from tests.algos.offline.builders import build_offline, pairs
 from tests.builders import (
     FixedPrompts,
     FixedText,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.trainer.schedule import SCHEDULES, learning_rate
 
 

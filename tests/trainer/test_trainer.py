@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlft.algos.base import Algorithm, Evaluation
-from rlft.errors import ConfigError, NonFiniteError
-from rlft.models.reference import initial
+from rlft.core.errors import ConfigError, NonFiniteError
+from rlft.references.frozen import initial
 from rlft.trainer.schedule import learning_rate
 from tests.builders import FixedText, policy_gradient, rows_of, sft, tiny, trainer
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import rlft.algos.baselines
-import rlft.algos.policy_gradient
-import rlft.trainer.batch
+import rlft.algos.online.baselines
+import rlft.algos.online.policy_gradient
+import rlft.core.batch
 from rlft.functional import advantages, aggregation, surrogates, weights
 from rlft.verify import invariance
 from rlft.verify.run import guarded
@@ -173,7 +173,7 @@ def test_a_broken_advantage_is_seen(monkeypatch, part, broken, algorithm, fails,
 @pytest.mark.parametrize("broken", [whitened_with_padding, whitened_with_ddof_0])
 @pytest.mark.parametrize("algorithm", ["ppo", "reinforce_pp_baseline"])
 def test_a_broken_whitening_is_seen(monkeypatch, broken, algorithm):
-    break_(monkeypatch, rlft.algos.policy_gradient, "whiten", broken)
+    break_(monkeypatch, rlft.algos.online.policy_gradient, "whiten", broken)
     check(gradients(algorithm), fails=(FIRST,))
     if broken is whitened_with_padding:
         check(unchanged(algorithm), fails=(PADDED,), passes=(CUT, ORDERED))
@@ -184,7 +184,7 @@ def test_a_baseline_that_holds_its_own_batch_is_seen(monkeypatch):
         returns = advantages.discounted_returns(rewards, mask, gamma=self.gamma)
         return torch.where(mask, returns - returns[mask].mean(), 0.0)
 
-    monkeypatch.setattr(rlft.algos.baselines.RunningBaseline, "__call__", own_batch)
+    monkeypatch.setattr(rlft.algos.online.baselines.RunningBaseline, "__call__", own_batch)
     check(gradients("reinforce, running baseline"), fails=(FIRST, EXPECTED))
 
 
@@ -236,7 +236,7 @@ def test_rows_lost_between_micro_batches_are_seen(monkeypatch):
         micro_batches = list(right(self, **limits))
         return iter(micro_batches[:-1] or micro_batches)
 
-    right = rlft.trainer.batch.Batch.micro_batches
-    monkeypatch.setattr(rlft.trainer.batch.Batch, "micro_batches", all_but_the_last)
+    right = rlft.core.batch.Batch.micro_batches
+    monkeypatch.setattr(rlft.core.batch.Batch, "micro_batches", all_but_the_last)
     check(unchanged("grpo"), fails=(CUT,), passes=(PADDED, ORDERED))
     check(guarded("trainer", invariance.trainer_rows), fails=("grpo: loss and gradient norm", "ppo: loss and"))

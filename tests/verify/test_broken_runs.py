@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import rlft.algos.agreement
-import rlft.algos.evaluation
-import rlft.algos.kl
-import rlft.algos.reference
-import rlft.algos.rollouts
-import rlft.algos.scoring
+import rlft.algos.online.agreement
+import rlft.algos.online.evaluation
+import rlft.algos.online.kl
+import rlft.algos.online.reference
+import rlft.algos.online.rollouts
+import rlft.algos.online.scoring
 import rlft.models.scorer
 import rlft.rollout.engine
-import rlft.rollout.table
+import rlft.rollout.state
 from rlft.functional import advantages
 from rlft.functional import kl as divergences
 from rlft.verify import divergence, exact, optimum, refill, sampled, training
@@ -63,28 +63,28 @@ def with_the_reference_first(right, logits, ref_logits):
 )
 def test_a_wrong_estimator_is_seen(monkeypatch, part, broken, fails, passes):
     break_(monkeypatch, divergences, part, broken)
-    monkeypatch.setitem(rlft.algos.kl.ESTIMATORS, part, getattr(divergences, part))
+    monkeypatch.setitem(rlft.algos.online.kl.ESTIMATORS, part, getattr(divergences, part))
     check(guarded("kl", divergence.rows), fails=fails, passes=passes)
     if part == "k3":
         check(gradients("grpo"), fails=(FIRST, SECOND))
 
 
 def test_an_exact_kl_in_the_wrong_direction_is_seen(monkeypatch):
-    break_(monkeypatch, rlft.algos.scoring, "exact", with_the_reference_first)
+    break_(monkeypatch, rlft.algos.online.scoring, "exact", with_the_reference_first)
     wrong = ("exact in the loss: E[gradient]", "exact in the loss: each")
     check(guarded("kl", divergence.rows), fails=wrong, passes=("k3 in the loss: each",))
 
 
 def test_a_penalty_of_the_wrong_sign_in_the_reward_is_seen(monkeypatch):
-    right = rlft.algos.reference.FrozenSide.sampled_kl
-    monkeypatch.setattr(rlft.algos.reference.FrozenSide, "sampled_kl", lambda *a: -right(*a))
+    right = rlft.algos.online.reference.FrozenSide.sampled_kl
+    monkeypatch.setattr(rlft.algos.online.reference.FrozenSide, "sampled_kl", lambda *a: -right(*a))
     check(gradients("rloo"), fails=(FIRST, EXPECTED))
     check(guarded("kl", divergence.rows), fails=("k1 in the reward: E[gradient]",), passes=("k3 in the loss: each",))
 
 
 def test_a_kl_in_the_loss_without_a_gradient_is_seen(monkeypatch):
-    right = rlft.algos.reference.FrozenSide.token_kl
-    monkeypatch.setattr(rlft.algos.reference.FrozenSide, "token_kl", lambda *a: right(*a).detach())
+    right = rlft.algos.online.reference.FrozenSide.token_kl
+    monkeypatch.setattr(rlft.algos.online.reference.FrozenSide, "token_kl", lambda *a: right(*a).detach())
     check(gradients("grpo"), fails=(FIRST, SECOND))
 
 
@@ -127,15 +127,15 @@ def without_the_end_token(right, **a):
     ],
 )
 def test_a_broken_sampler_is_seen(monkeypatch, part, broken, fails):
-    break_(monkeypatch, rlft.rollout.table if part == "sample" else rlft.rollout.engine, part, broken)
+    break_(monkeypatch, rlft.rollout.state if part == "sample" else rlft.rollout.engine, part, broken)
     check(guarded("sampler", sampled.engine), fails=fails)
 
 
 @pytest.mark.parametrize(("broken", "algorithm"), [(same_for_all_members, "rloo"), (cold, "reinforce")])
 def test_a_biased_sampler_is_seen_in_the_expected_gradient(monkeypatch, broken, algorithm):
     if broken is cold:  # too little to stop the run, enough to bend the gradient
-        monkeypatch.setattr(rlft.algos.agreement, "MAX_LOGPROB_DIFFERENCE", 10.0)
-        break_(monkeypatch, rlft.rollout.table, "sample", broken)
+        monkeypatch.setattr(rlft.algos.online.agreement, "MAX_LOGPROB_DIFFERENCE", 10.0)
+        break_(monkeypatch, rlft.rollout.state, "sample", broken)
     else:
         break_(monkeypatch, rlft.rollout.engine, "uniforms", broken)
     check(drawn(algorithm), fails=("sampled groups, along the exact one",))
@@ -159,7 +159,7 @@ def test_an_entropy_bonus_of_the_wrong_sign_is_seen(monkeypatch):
 
 
 def test_refilling_that_keeps_groups_without_a_spread_is_seen(monkeypatch):
-    break_(monkeypatch, rlft.algos.rollouts, "group_std", lambda right, rewards, group_size: torch.ones(1))
+    break_(monkeypatch, rlft.algos.online.rollouts, "group_std", lambda right, rewards, group_size: torch.ones(1))
     check(guarded("dapo", lambda: refill.rows_of(case_of("dapo"))), fails=("refilled groups",))
 
 
@@ -191,7 +191,7 @@ def test_an_evaluation_that_counts_half_the_kl_is_seen(monkeypatch):
     def half(right, **a) -> Tensor:
         return 0.5 * right(**a)
 
-    break_(monkeypatch, rlft.algos.evaluation, "exact_token_kl", half)
+    break_(monkeypatch, rlft.algos.online.evaluation, "exact_token_kl", half)
     rows = training.trained(course("rloo")).rows()
     check(rows, fails=("its own evaluation",), passes=("J* - J", "above the frontier at its KL"))
 

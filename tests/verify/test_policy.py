@@ -8,12 +8,11 @@ import math
 import pytest
 import torch
 
-from rlft.errors import ConfigError
-from rlft.models.rows import Rows
+from rlft.core.batch import Rows, pad
+from rlft.core.errors import ConfigError
 from rlft.models.scorer import Scorer
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
-from rlft.trainer.batch import pad
 from rlft.verify import exact
 from rlft.verify.policy import TabularPolicy
 from rlft.verify.tasks import endings, match, parity, token_count, two_prompts

@@ -9,7 +9,7 @@ import pytest
 
 from rlft import build
 from rlft import cli as command
-from rlft.errors import ConfigError
+from rlft.core.errors import ConfigError
 from rlft.verify import groups, invariance, neural, sampled, training
 from rlft.verify.cases import CASES
 from rlft.verify.report import expected

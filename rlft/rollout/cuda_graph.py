@@ -1,0 +1,141 @@
+"""Decoding on a GPU by CUDA graphs: a step is one launch, where Python would launch some three hundred kernels.
+
+A graph repeats the same kernels on the same addresses. So keys and values lie in arrays of a fixed size, the slot that
+a step writes is a number on the device, and a mask, which each step opens by one slot, hides those that are empty.
+Attention reads hidden slots too, so it is given only some more than are filled, and rows that ended are left behind;
+both take another capture, and are done where they save more than that costs.
+
+Graphs are captured anew for each rollout. Optimizers update weights in place, so they would stay right; but their cache
+would have to stay too, and it is the largest thing there is, whose memory the update wants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from rlft.models.base import CausalLM
+from rlft.models.kv.static import ALIGNMENT, StaticCache, aligned
+from rlft.rollout.state import Active, RolloutState
+
+CAPTURE_BYTES = 80e9  # that a GPU could read in the time of a capture: 20 ms at 4 TB/s; benchmarks/gpu.py measures it
+
+
+def fits(policy: CausalLM, device: torch.device) -> bool:
+    """Return whether `decode` can stand in for the plain loop: on a GPU, where attention is left to the cache."""
+    return device.type == "cuda" and policy.takes_packed
+
+
+@torch.no_grad()
+def decode(policy: CausalLM, active: Active, table: RolloutState, *, check_every: int) -> None:
+    """Decode all rows of `active`, whose cache is a `StaticCache`, to their ends, into `table`.
+
+    Each `check_every` steps it waits for the GPU and looks which rows are open, unless all end together.
+    """
+    assert isinstance(active.cache, StaticCache) and not policy.training
+    device = active.rows.device.type
+    # Autocast's own copies of weights must not be made during a capture: they would lie in the graph's memory.
+    dtype, is_on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    with torch.autocast(device, dtype=dtype, enabled=is_on, cache_enabled=False):
+        steps = _Steps(policy, active, table, active.cache)
+        for step in range(1, table.max_new):
+            steps.take()
+            if table.ends_early and step % check_every == 0:
+                is_open = table.is_open(steps.rows, steps.done)
+                num_open = int(is_open.sum())
+                if num_open == 0:
+                    break
+                steps.leave_behind(is_open, num_open, num_left=table.max_new - step)
+        else:
+            steps.draw()
+    if device == "cuda":
+        torch.cuda.current_stream().synchronize()  # a graph must outlive its last replay
+
+
+class _Steps:
+    """One token after the other for the rows that are left; what changes stays where it is between two captures."""
+
+    def __init__(self, policy: CausalLM, active: Active, table: RolloutState, cache: StaticCache) -> None:
+        self.policy, self.table, self.cache = policy, table, cache
+        self.rows, self.hidden = active.rows, active.hidden.clone()
+        self.done, self.position = active.done.clone(), active.position.clone()
+        self.head = _cast(policy.head_weight).to(_cast(self.hidden).dtype).t()
+        # Autocast would cast these again in each replay; cast once, they give the same bits.
+        self.weights = {
+            f"{name}.{key}": _cast(weight)
+            for name, module in policy.named_modules()
+            if isinstance(module, nn.Linear)
+            for key, weight in module.named_parameters(recurse=False)
+        }
+        self.pool = torch.cuda.graph_pool_handle() if self.rows.device.type == "cuda" else None
+        self.repeat: Callable[[], None] = self._step
+
+    def take(self) -> None:
+        cache = self.cache
+        if cache.used == cache.length:
+            # Of n slots n / 2 are read in vain on average, for n steps: with the best n that costs what a capture does.
+            num_left = cache.num_slots - cache.used
+            best = math.sqrt(2 * CAPTURE_BYTES / cache.slot_bytes)
+            num_parts = max(1, round(num_left / max(best, ALIGNMENT)))
+            cache.length = min(aligned(cache.used + math.ceil(num_left / num_parts)), cache.num_slots)
+            self.repeat = self._captured()
+        else:
+            self.repeat()
+        cache.used += 1
+
+    def draw(self) -> Tensor:
+        """Draw a token for each row, `[A]`."""
+        logits = (self.hidden.to(self.head.dtype) @ self.head) / self.table.sampling.temperature
+        token = self.table.draw(logits, self.rows, self.done)
+        self.done += 1
+        return token
+
+    def leave_behind(self, is_open: Tensor, num_open: int, *, num_left: int) -> None:
+        """Go on with the open rows, filled up to a power of two with some that ended, where that saves enough."""
+        cache, size = self.cache, 1 << (num_open - 1).bit_length()
+        saved = max(0.0, 1 - size / len(self.rows)) * cache.slot_bytes * cache.length * num_left
+        if saved > CAPTURE_BYTES:
+            kept = is_open.int().argsort(descending=True, stable=True)[:size]
+            cache.keep(kept)
+            self.rows, self.hidden = self.rows[kept], self.hidden[kept]
+            self.done, self.position = self.done[kept], self.position[kept]
+            cache.length = cache.used  # so that the next step is captured
+
+    def _step(self) -> None:
+        token = self.draw()
+        # A finished row that is still in the cache goes on at its last position; what it draws is not kept.
+        place = self.position.clamp(max=self.policy.context_length - 1)
+        inputs = {"positions": place[:, None], "cache": self.cache}
+        self.hidden.copy_(functional_call(self.policy, self.weights, (token[:, None],), inputs)[:, 0])
+        self.position += 1
+
+    def _captured(self) -> Callable[[], None]:
+        """Take a step, and return what takes the next ones: a graph on a GPU, elsewhere the same function."""
+        if self.pool is None:
+            self._step()
+            return self._step
+        graph = torch.cuda.CUDAGraph()
+        capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        # This step warms up: kernels are loaded and cuBLAS has its workspace on this stream before the capture. The
+        # graph before this one is kept until then, so that its memory is taken over.
+        side = capture.capture_stream
+        assert side is not None
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        with capture:
+            self._step()
+        return graph.replay
+
+
+def _cast(x: Tensor) -> Tensor:
+    """Return `x` as autocast, where it is on, gives it to a matrix product; it leaves float64 as it is."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
