@@ -33,6 +33,9 @@ class _Flags(set[str]):
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(super().__iter__()))
 
+    def __repr__(self) -> str:  # from Python 3.13.3 on, a set's own repr does not go through `__iter__`
+        return f"_Flags({{{', '.join(map(repr, self))}}})"
+
     def copy(self) -> _Flags:
         return _Flags(self)
 
