@@ -11,8 +11,8 @@ from rlft.data.encode import Encoder, encode_texts
 from rlft.data.examples import Example, ExampleData, Unusable
 from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt, PromptData
+from rlft.data.records import check_messages, check_unicode
 from rlft.data.source import Row, Source
-from rlft.data.table import check_messages, check_unicode
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from rlft.core.errors import DataError
-from rlft.data.progress import reported
+from rlft.data.progress_bar import reported
 from rlft.data.source import Row
 
 CHUNK = 1024  # texts at once: bounds the memory that lists of Python integers take

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rlft.core.errors import ConfigError, DataError, nearest
-from rlft.data.rows import StoredFiles
+from rlft.data.records import Paths, RecordSource, found_files, given_inputs
 from rlft.data.source import Row, check_fractions
-from rlft.data.table import Paths, Table, found_files, given_inputs
+from rlft.data.stored_source import StoredFiles
 
 DOCUMENTS = ("paragraphs", "lines")
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
@@ -23,7 +23,7 @@ class TextFile(StoredFiles):
     """UTF-8 text files whose documents are lines, or paragraphs (separated by blank lines).
 
     Args:
-        path: the files, as `Table` describes, each document split by its hash; or a mapping of splits to files.
+        path: the files, as `RecordSource` describes, each document split by its hash; or a mapping of splits to files.
         documents: "paragraphs" or "lines"; blank ones are no documents.
         validation, test: fractions of the documents, where the files are not split.
     """
@@ -60,8 +60,8 @@ class TextFile(StoredFiles):
                 yield Row("\n".join(held), {}, place)
 
 
-class Jsonl(Table):
-    """JSON lines, UTF-8: one object a line; blank lines are no rows. Arguments as for `Table`."""
+class Jsonl(RecordSource):
+    """JSON lines, UTF-8: one object a line; blank lines are no rows. Arguments as for `RecordSource`."""
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield the object of each line."""
@@ -70,10 +70,10 @@ class Jsonl(Table):
                 yield where, _json(line, where)
 
 
-class Csv(Table):
+class Csv(RecordSource):
     """Values between separators, with a header line, UTF-8; every value is a string.
 
-    Arguments beside `Table`'s: delimiter, what separates the values: a character, or comma, semicolon, tab or pipe.
+    Arguments beside `RecordSource`'s: delimiter, a character, or one of the words comma, semicolon, tab and pipe.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class Csv(Table):
                 )
 
 
-class Parquet(Table):
-    """Parquet; a row's place is its number, from 1. Arguments as for `Table`. Needs the extra `data`."""
+class Parquet(RecordSource):
+    """Parquet; a row's place is its number, from 1. Arguments as for `RecordSource`. Needs the extra `data`."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class Parquet(Table):
             raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
 
 
-class HuggingFaceData(Table):
+class HuggingFaceData(RecordSource):
     """A data set of the Hugging Face hub, or a local directory of one. Needs the extra `data`.
 
     Args:
@@ -163,7 +163,7 @@ class HuggingFaceData(Table):
         name: the configuration, where the data set has several.
         split: the data set's split to read, which is split further by a hash of the text; or a mapping such as
             `{train: train, validation: test}` of our splits to the data set's own.
-        prompt_column, on_bad_row, validation, test: as for `Table`.
+        prompt_column, on_bad_row, validation, test: as for `RecordSource`.
 
     A row's place is its number in the data set's split, from 1.
     """

@@ -19,7 +19,7 @@ MARGIN = "margin"  # TRL's name of the column that says by how much the chosen c
 class PreferenceData(CompletionData):
     """Pairs; the completions of an example are (chosen, rejected).
 
-    Without a prompt column the prompt is what both texts share (`rlft/data/table.py`). Texts and conversations become
+    Without a prompt column the prompt is what both texts share (`rlft/data/records.py`). Texts and conversations become
     ids as in `CompletionData`. A pair of equal completions says nothing and is refused or skipped like other rows that
     cannot be used. The split is by a hash of the prompt, so no prompt is in two splits.
 

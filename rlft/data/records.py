@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlft.core.errors import ConfigError, DataError, nearest
-from rlft.data.rows import StoredFiles
 from rlft.data.source import SPLITS, Row, check_fractions, check_split, sha256
+from rlft.data.stored_source import StoredFiles
 
 Paths = str | list[str] | dict[str, str | list[str]]  # of the inputs, or of those of each split
 ON_BAD_ROW = ("error", "skip")
@@ -24,7 +24,7 @@ RESERVED = ("prompts", "completions", "completion_ids")  # keywords that a rewar
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
-class Table(StoredFiles):
+class RecordSource(StoredFiles):
     """Base of the sources that read records; a subclass says how one of its inputs is read.
 
     Args:

@@ -15,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from rlft.core.errors import ConfigError, DataError, nearest
-from rlft.data.rows import StoredFiles
 from rlft.data.source import Row, check_fractions
+from rlft.data.stored_source import StoredFiles
 
 SOURCES = ("all", "imdb", "rotten_tomatoes")
 _NUMBERED = re.compile(r"&#\d+;")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rlft.data.progress import reported
+from rlft.data.progress_bar import reported
 from rlft.data.source import (
     SPLITS,
     Row,

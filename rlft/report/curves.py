@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
 from rlft.core.errors import ConfigError, nearest
+from rlft.report.markdown import KL, REWARD, interval
 from rlft.report.runs import Run
-from rlft.report.table import KL, REWARD, interval
 
 STYLES = ("-", "--", ":")  # with ten colours: thirty settings that can be told apart
 MOST_BANDS = 6  # settings of which the intervals are drawn; with more, bands hide the lines, and the table has them

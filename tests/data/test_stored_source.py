@@ -16,10 +16,10 @@ from rlft.data.files import Csv, Jsonl, Parquet, TextFile
 from rlft.data.labelled import LabelledData
 from rlft.data.preferences import PreferenceData
 from rlft.data.prompts import PromptData
-from rlft.data.rows import StoredSource
+from rlft.data.records import RecordSource
 from rlft.data.source import SPLITS, Row
 from rlft.data.store import Lazy
-from rlft.data.table import Table
+from rlft.data.stored_source import StoredSource
 from rlft.data.text import TextData
 from rlft.text.bpe import trained_bpe
 from rlft.text.characters import characters
@@ -40,7 +40,7 @@ def unread(monkeypatch):
         def read(self, *_):
             raise AssertionError("the inputs were read again")
 
-        for cls in (Jsonl, Csv, TextFile, Table):
+        for cls in (Jsonl, Csv, TextFile, RecordSource):
             monkeypatch.setattr(cls, "read", read)
 
     return start
@@ -187,7 +187,7 @@ def test_no_prompt_or_example_is_made_until_it_is_asked_for(write_jsonl, tokeniz
 
         return make
 
-    monkeypatch.setattr("rlft.data.rows.Row", counting(Row))
+    monkeypatch.setattr("rlft.data.stored_source.Row", counting(Row))
     monkeypatch.setattr(prompts, "Prompt", counting(prompts.Prompt))
     monkeypatch.setattr(kept_examples, "Example", counting(kept_examples.Example))
     source = Jsonl(path, **HALF)

@@ -7,8 +7,8 @@ import pytest
 
 from rlft.cli import main as command
 from rlft.core.errors import ConfigError
+from rlft.report.markdown import at_kl, interval, results, samples
 from rlft.report.runs import read_groups
-from rlft.report.table import at_kl, interval, results, samples
 
 
 def write_run(directory, *, name="held", seed=0, rewards=(0.0, 0.5), text="a | b\nc", **config):

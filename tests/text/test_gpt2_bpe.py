@@ -15,10 +15,10 @@ from transformers import GPT2Tokenizer
 
 from rlft.core.errors import ConfigError
 from rlft.models.gpt2 import GPT2, GPT2Config
-from rlft.text import gpt2
+from rlft.text import gpt2_bpe as module
 from rlft.text.backend import BackendTokenizer
 from rlft.text.characters import characters
-from rlft.text.gpt2 import EOS, Tiktoken, gpt2_bpe
+from rlft.text.gpt2_bpe import EOS, Tiktoken, gpt2_bpe
 from rlft.text.tokenizer import Tokenizer
 
 # What GPT-2's pattern tells apart: letters, digits, marks and white space of many kinds, and halves of contractions.
@@ -114,9 +114,9 @@ def test_white_space_too_long_for_tiktokens_pattern_is_cut_where_a_token_ends(
     text += text  # the second begins in the middle of a text
     whole = tokenizer.encode(text)
     assert whole == peer.encode(text)
-    monkeypatch.setattr(gpt2, "_LONG", 100)
-    monkeypatch.setattr(gpt2, "_SPACES", gpt2.re.compile(gpt2._SPACES.pattern.replace("100000", "100")))
-    assert len(gpt2._parts(text)) > 1 or not before + behind
+    monkeypatch.setattr(module, "_LONG", 100)
+    monkeypatch.setattr(module, "_SPACES", module.re.compile(module._SPACES.pattern.replace("100000", "100")))
+    assert len(module._parts(text)) > 1 or not before + behind
     assert tokenizer.encode(text) == whole
 
 

@@ -15,7 +15,7 @@ from rlft.text import tokenizer as tokenizer_module
 from rlft.text.backend import BackendTokenizer
 from rlft.text.bpe import trained_bpe
 from rlft.text.characters import characters
-from rlft.text.gpt2 import gpt2_bpe
+from rlft.text.gpt2_bpe import gpt2_bpe
 from rlft.text.huggingface import huggingface
 from rlft.text.tokenizer import Tokenizer
 
