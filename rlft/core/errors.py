@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class RlftError(Exception):
@@ -46,6 +46,12 @@ class RunDirectoryError(RlftError, OSError):
     """The run directory holds another run, or another process is writing to it."""
 
     exit_code = 7
+
+
+def check_choice(key: str, value: object, allowed: Collection[str]) -> None:
+    """Raise `ConfigError` for a value that is not allowed; the message names the key and the nearest allowed value."""
+    if value not in allowed:
+        raise ConfigError(f"{key} is one of {', '.join(allowed)}, got {value!r}{nearest(str(value), allowed)}")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

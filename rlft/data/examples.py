@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlft.core.cache_dir import key_of
-from rlft.core.errors import ConfigError, DataError, nearest
+from rlft.core.errors import ConfigError, DataError, check_choice
 from rlft.core.rng import order
 from rlft.data.encode import Encoder, chat_key, in_chunks, tokenizer_key
 from rlft.data.kinds import Kind
@@ -108,9 +108,7 @@ class ExampleData(ABC):
     reasons: tuple[str, ...] = ("too_long",)
 
     def __init__(self, source: Source, *, tokenizer: Encoder, max_tokens: int | None, on_unusable: str) -> None:
-        if on_unusable not in ON_UNUSABLE:
-            allowed, hint = ", ".join(ON_UNUSABLE), nearest(on_unusable, ON_UNUSABLE)
-            raise ConfigError(f"data.on_unusable is one of {allowed}, got {on_unusable!r}{hint}")
+        check_choice("data.on_unusable", on_unusable, ON_UNUSABLE)
         if max_tokens is not None and max_tokens < 2:
             raise ConfigError(f"data.max_tokens is at least 2, or null for no limit, got {max_tokens}")
         self.source, self.tokenizer, self.max_tokens, self.on_unusable = source, tokenizer, max_tokens, on_unusable

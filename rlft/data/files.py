@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlft.core.errors import ConfigError, DataError, nearest
+from rlft.core.errors import ConfigError, DataError, check_choice, nearest
 from rlft.data.records import Paths, RecordSource, found_files, given_inputs
 from rlft.data.source import Row, check_fractions
 from rlft.data.stored_source import StoredFiles
@@ -36,9 +36,7 @@ class TextFile(StoredFiles):
         validation: float = 0.05,
         test: float = 0.05,
     ) -> None:
-        if documents not in DOCUMENTS:
-            allowed = ", ".join(DOCUMENTS)
-            raise ConfigError(f"documents is one of {allowed}, got {documents!r}{nearest(documents, DOCUMENTS)}")
+        check_choice("data.source.documents", documents, DOCUMENTS)
         check_fractions(validation, test)
         self.inputs = {split: found_files(names) for split, names in given_inputs(path).items()}
         self.is_split = isinstance(path, dict)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlft.core.cache_dir import key_of
-from rlft.core.errors import ConfigError, DataError, nearest
+from rlft.core.errors import ConfigError, DataError, check_choice
 from rlft.core.ranges import Size, SizeOrZero
 from rlft.core.rng import order
 from rlft.data.encode import Encoder, chat_key, encode_texts, in_chunks, tokenizer_key
@@ -123,8 +123,7 @@ class PromptData:
                 f"prompt_tokens={prompt_tokens} gives every prompt that length, so max_prompt_tokens="
                 f"{max_prompt_tokens} has nothing to do: set one of them to null"
             )
-        if on_long not in ON_LONG:
-            raise ConfigError(f"on_long is one of {', '.join(ON_LONG)}, got {on_long!r}{nearest(on_long, ON_LONG)}")
+        check_choice("data.on_long", on_long, ON_LONG)
         self.source, self.tokenizer = source, tokenizer
         self.prompt_tokens, self.max_prompt_tokens, self.on_long = prompt_tokens, max_prompt_tokens, on_long
         self._made: dict[str, tuple[Sequence[Prompt], dict[str, int]]] = {}

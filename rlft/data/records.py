@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlft.core.errors import ConfigError, DataError, nearest
+from rlft.core.errors import ConfigError, DataError, check_choice, nearest
 from rlft.data.source import SPLITS, Row, check_fractions, check_split, sha256
 from rlft.data.stored_source import StoredFiles
 
@@ -51,9 +51,7 @@ class RecordSource(StoredFiles):
         validation: float = 0.05,
         test: float = 0.05,
     ) -> None:
-        if on_bad_row not in ON_BAD_ROW:
-            allowed = ", ".join(ON_BAD_ROW)
-            raise ConfigError(f"on_bad_row is one of {allowed}, got {on_bad_row!r}{nearest(on_bad_row, ON_BAD_ROW)}")
+        check_choice("data.source.on_bad_row", on_bad_row, ON_BAD_ROW)
         check_fractions(validation, test)
         self.inputs = {split: self.expanded(names) for split, names in given_inputs(path).items()}
         self.is_split = isinstance(path, dict)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from rlft.core.errors import ConfigError, DataError, nearest
+from rlft.core.errors import ConfigError, DataError, check_choice
 from rlft.data.source import Row, check_fractions
 from rlft.data.stored_source import StoredFiles
 
@@ -36,8 +36,7 @@ class Reviews(StoredFiles):
     """
 
     def __init__(self, *, source: str = "all", validation: float = 0.05, test: float = 0.05) -> None:
-        if source not in SOURCES:
-            raise ConfigError(f"source is one of {', '.join(SOURCES)}, got {source!r}{nearest(source, SOURCES)}")
+        check_choice("data.source.source", source, SOURCES)
         check_fractions(validation, test)
         self.source, self.validation, self.test = source, validation, test
         self.inputs, self.is_split = {"train": [str(_find())]}, False

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from rlft.core.cache_dir import atomic_path, cache_dir
-from rlft.core.errors import ConfigError, DataError, nearest
+from rlft.core.errors import DataError, check_choice
 from rlft.data.source import SPLITS, Row, check_fractions, check_split, given_splits
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -42,9 +42,7 @@ class Shakespeare:
     def __init__(
         self, *, path: str | None = None, documents: str = "whole", validation: float = 0.05, test: float = 0.05
     ) -> None:
-        if documents not in DOCUMENTS:
-            allowed = ", ".join(DOCUMENTS)
-            raise ConfigError(f"documents is one of {allowed}, got {documents!r}{nearest(documents, DOCUMENTS)}")
+        check_choice("data.source.documents", documents, DOCUMENTS)
         check_fractions(validation, test)
         self.path = None if path is None else Path(path).expanduser()
         self.documents, self.validation, self.test = documents, validation, test

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from rlft.core.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, check_choice
 
 SPLITS = ("train", "validation", "test")
 HASH_BYTES = 32  # of SHA-256
@@ -63,8 +63,7 @@ def holds_out(data: Any) -> bool:
 
 def check_split(split: str) -> str:
     """Return `split` if it is the name of one, else raise `ConfigError`."""
-    if split not in SPLITS:
-        raise ConfigError(f"split is one of {', '.join(SPLITS)}, got {split!r}{nearest(split, SPLITS)}")
+    check_choice("split", split, SPLITS)
     return split
 
 

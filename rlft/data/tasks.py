@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from rlft.core.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, check_choice
 from rlft.core.ranges import CountOrZero, Size
 from rlft.core.rng import generator
 from rlft.data.source import Row, check_fractions, check_split, split_rows
@@ -35,8 +35,7 @@ class Task:
         seed: CountOrZero = 0,
     ) -> None:
         """`num` and `seed` are for drawn problems (sort). Raises `ConfigError` for what is not allowed."""
-        if kind not in _MAKE:
-            raise ConfigError(f"data.source.kind={kind} is not one of {', '.join(_MAKE)}{nearest(kind, _MAKE)}")
+        check_choice("data.source.kind", kind, _MAKE)
         largest = {"sums": 1000, "sort": len(LETTERS), "recite": len(SENTENCES)}[kind]
         if not 1 <= size <= largest:
             raise ConfigError(f"data.source.size={size} must be between 1 and {largest} for kind={kind}")

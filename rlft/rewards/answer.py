@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlft.core.errors import ConfigError, RewardError, nearest
+from rlft.core.errors import ConfigError, RewardError, check_choice
 
 MODES = ("exact", "fraction", "characters")
 
@@ -20,8 +20,7 @@ class Answer:
 
     def __init__(self, *, mode: str = "exact") -> None:
         """Raises `ConfigError` for an unknown mode."""
-        if mode not in MODES:
-            raise ConfigError(f"reward.answer.mode={mode} is not one of {', '.join(MODES)}{nearest(mode, MODES)}")
+        check_choice("reward.answer.mode", mode, MODES)
         self.mode = mode
 
     def __call__(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlft.core.batch import pad
-from rlft.core.errors import CheckpointError, ConfigError, RewardError, nearest
+from rlft.core.errors import CheckpointError, ConfigError, RewardError, check_choice, nearest
 from rlft.core.manifest import verify
 from rlft.core.ranges import Size
 from rlft.models.base import CausalLM
@@ -50,8 +50,7 @@ class RewardModel:
         batch_size: Size = 64,
         device: str = "auto",
     ) -> None:
-        if output not in OUTPUTS:
-            raise ConfigError(f"{_KEY}.output={output} is not one of {', '.join(OUTPUTS)}{nearest(output, OUTPUTS)}")
+        check_choice(f"{_KEY}.output", output, OUTPUTS)
         if batch_size < 1:
             raise ConfigError(f"{_KEY}.batch_size={batch_size} must be at least 1")
         directory = Path(path).expanduser().absolute()
