@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,28 +127,20 @@ class Csv(RecordSource):
 class Parquet(RecordSource):
     """Parquet; a row's place is its number, from 1. Arguments as for `RecordSource`. Needs the extra `data`."""
 
-    def __init__(
-        self,
-        path: Paths,
-        *,
-        prompt_column: str = "prompt",
-        on_bad_row: str = "error",
-        validation: float = 0.05,
-        test: float = 0.05,
-    ) -> None:
-        super().__init__(path, prompt_column=prompt_column, on_bad_row=on_bad_row, validation=validation, test=test)
-        self._pyarrow, self._parquet = _extra("pyarrow"), _extra("pyarrow.parquet")
+    needs = "pyarrow"
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield each row of the file."""
+        from pyarrow import ArrowException, parquet
+
         number = 0
         try:
-            file = self._parquet.ParquetFile(path)
+            file = parquet.ParquetFile(path)
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 self._advance(self.input_bytes(path) * batch.num_rows // file.metadata.num_rows)
                 for number, record in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  it goes on counting
                     yield f"{path}:{number}", record
-        except (self._pyarrow.ArrowException, OSError) as error:
+        except (ArrowException, OSError) as error:
             raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
 
 
@@ -166,6 +157,8 @@ class HuggingFaceData(RecordSource):
     A row's place is its number in the data set's split, from 1.
     """
 
+    needs = "datasets"
+
     def __init__(
         self,
         path: str,
@@ -179,7 +172,6 @@ class HuggingFaceData(RecordSource):
     ) -> None:
         super().__init__(split, prompt_column=prompt_column, on_bad_row=on_bad_row, validation=validation, test=test)
         self.path, self.name = path, name
-        self._datasets = _extra("datasets")
         self._loaded: dict[str, Any] = {}
 
     def expanded(self, names: list[str]) -> list[str]:
@@ -206,30 +198,22 @@ class HuggingFaceData(RecordSource):
         return self._loaded[split]
 
     def _loaded_from_disk(self, split: str) -> Any:
+        import datasets
+
         directory = Path(self.path).expanduser()
         try:
             if (directory / "dataset_dict.json").is_file():
-                return self._datasets.load_from_disk(str(directory))[split]
+                return datasets.load_from_disk(str(directory))[split]
             if (directory / "state.json").is_file():
-                return self._datasets.load_from_disk(str(directory))
+                return datasets.load_from_disk(str(directory))
             name = str(directory) if directory.is_dir() else self.path
-            return self._datasets.load_dataset(name, self.name, split=split)
-        except (OSError, ValueError, KeyError, self._datasets.exceptions.DatasetsError) as error:
+            return datasets.load_dataset(name, self.name, split=split)
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"data.source.path={self.path} (name={self.name}, split={split}) cannot be loaded: "
                 f"{type(error).__name__}: {error}; without network give a local directory, or a file with data=jsonl, "
                 f"data=csv or data=parquet"
             ) from error
-
-
-def _extra(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"this data set needs the package {module.partition('.')[0]}, which is not installed: "
-            f"pip install 'rlft[data]'"
-        ) from error
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from rlft.core.cache_dir import key_of
 from rlft.core.errors import ConfigError, DataError, check_choice
 from rlft.core.ranges import Size, SizeOrZero
-from rlft.core.rng import order
-from rlft.data.encode import Encoder, chat_key, encode_texts, in_chunks, tokenizer_key
+from rlft.data.encode import Encoder, chat_key, encode_texts, in_chunks
 from rlft.data.kinds import Kind
-from rlft.data.source import Row, Source, check_split, holds_out
-from rlft.data.store import Lazy, Store, Writer, stored
+from rlft.data.source import Row, Source
+from rlft.data.store import Lazy, Store, Writer
+from rlft.data.tokenised import TokenisedData
 
 ON_LONG = ("error", "skip")
 
@@ -57,23 +56,23 @@ class StoredPrompts(Lazy[Prompt]):
         text = self.store.row("text", index).tobytes().decode()
         return Prompt(text, ids, row.columns, row.where, row.messages)
 
+    @staticmethod
+    def columns(writer: Writer) -> Callable[[int, Row, Prompt], None]:
+        """Return what writes a prompt of a row, whose number in the split it is given, for `StoredPrompts`."""
+        numbers, ids, text, is_whole = (
+            writer.column("row", "int64"),
+            writer.ragged("ids", "int32"),
+            writer.ragged("text"),
+            writer.column("is_whole", "uint8"),
+        )
 
-def prompt_columns(writer: Writer) -> Callable[[int, Row, Prompt], None]:
-    """Return what writes a prompt of a row, whose number in the split it is given, for `StoredPrompts`."""
-    numbers, ids, text, is_whole = (
-        writer.column("row", "int64"),
-        writer.ragged("ids", "int32"),
-        writer.ragged("text"),
-        writer.column("is_whole", "uint8"),
-    )
+        def write(number: int, row: Row, prompt: Prompt) -> None:
+            numbers.append(number)
+            ids(prompt.ids)
+            is_whole.append(prompt.text == row.text)  # the row has it
+            text(b"" if prompt.text == row.text else prompt.text.encode())
 
-    def write(number: int, row: Row, prompt: Prompt) -> None:
-        numbers.append(number)
-        ids(prompt.ids)
-        is_whole.append(prompt.text == row.text)  # the row has it
-        text(b"" if prompt.text == row.text else prompt.text.encode())
-
-    return write
+        return write
 
 
 def prompt_lengths(prompts: Sequence[Prompt]) -> np.ndarray:
@@ -83,7 +82,7 @@ def prompt_lengths(prompts: Sequence[Prompt]) -> np.ndarray:
     return np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64)
 
 
-class PromptData:
+class PromptData(TokenisedData[Prompt]):
     """The prompts of a source, split by split. Nothing is truncated without being asked for.
 
     A row that is a conversation goes through the tokenizer's chat template, with the mark that starts the assistant's
@@ -104,6 +103,7 @@ class PromptData:
     """
 
     kind = Kind.PROMPTS
+    noun, stored_as = "prompt", StoredPrompts
 
     def __init__(
         self,
@@ -124,80 +124,28 @@ class PromptData:
                 f"{max_prompt_tokens} has nothing to do: set one of them to null"
             )
         check_choice("data.on_long", on_long, ON_LONG)
-        self.source, self.tokenizer = source, tokenizer
+        super().__init__(source, tokenizer=tokenizer)
         self.prompt_tokens, self.max_prompt_tokens, self.on_long = prompt_tokens, max_prompt_tokens, on_long
-        self._made: dict[str, tuple[Sequence[Prompt], dict[str, int]]] = {}
 
     def prompts(self, split: str) -> Sequence[Prompt]:
-        """Return the prompts of a split in the source's order.
+        """Return the prompts of a split in the source's order."""
+        return self.items(split)
 
-        They are tokenised at the first call, and kept in the cache directory where the source has a key: a `Prompt` is
-        then made when it is asked for, and a million of them take no memory.
-        """
-        return self._make(split)[0]
-
-    def batch(self, step: int, *, size: int, seed: int) -> list[Prompt]:
-        """Return the `size` training prompts of a step: a function of its arguments only, each epoch a permutation."""
-        prompts = self.prompts("train")
-        if not prompts:
-            raise DataError(f"the train split has no prompt ({self._make('train')[1]}): give more rows or shorter ones")
-        return [prompts[index] for index in order(len(prompts), seed=seed, start=step * size, count=size)]
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether the source was asked for a validation split."""
-        return holds_out(self.source)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The source's counts; prompts for training and validation; and rows of those that are left out or empty."""
-        counts = dict(self.source.counts)
-        for split in ("train", "validation"):
-            prompts, left_out = self._make(split)
-            counts[f"{split}_prompts"] = len(prompts)
-            for reason, number in left_out.items():
-                counts[reason] = counts.get(reason, 0) + number
-        return counts
-
-    def _make(self, split: str) -> tuple[Sequence[Prompt], dict[str, int]]:
-        if check_split(split) not in self._made:
-            key = self._key(split)
-            if key is None:
-                counts: dict[str, int] = {}
-                self._made[split] = [prompt for _, _, prompt in self._read(split, counts)], counts
-            else:
-                store = stored("prompts", key, lambda writer: self._write(writer, split))
-                self._made[split] = StoredPrompts(store, lambda: self.source.rows(split)), store.meta["counts"]
-        return self._made[split]
-
-    def _key(self, split: str) -> dict[str, Any] | None:
-        """Return all that the prompts of a split depend on; None where the source cannot be told from another."""
-        source = key_of(self.source, made_by=self)
-        if source is None:
-            return None
-        settings = [self.prompt_tokens, self.max_prompt_tokens, self.on_long]
+    def key_parts(self) -> dict[str, Any]:
         chat = None if self.prompt_tokens is not None else chat_key(self.tokenizer)
-        return {"source": source, "split": split, "settings": settings, **tokenizer_key(self.tokenizer), "chat": chat}
+        return {"settings": [self.prompt_tokens, self.max_prompt_tokens, self.on_long], "chat": chat}
 
-    def _write(self, writer: Writer, split: str) -> dict[str, Any]:
-        counts: dict[str, int] = {}
-        write = prompt_columns(writer)
-        for number, row, prompt in self._read(split, counts):
-            write(number, row, prompt)
-        return {"counts": counts}
-
-    def _read(self, split: str, counts: dict[str, int]) -> Iterator[tuple[int, Row, Prompt]]:
-        """Yield each prompt with its row and the row's number in the split; add to `counts` what is left out."""
-        counts |= {"too_short" if self.prompt_tokens is not None else "too_long": 0, "empty": 0}
+    def make(self, split: str, left_out: dict[str, int]) -> Iterator[tuple[int, Row, Prompt]]:
+        left_out |= {"too_short" if self.prompt_tokens is not None else "too_long": 0, "empty": 0}
         make = self.whole if self.prompt_tokens is None else self._openings
         held_out: set[tuple[int, ...]] = set()
         if split == "train" and self.prompt_tokens is not None:  # whole texts are split, and openings may agree
-            counts["leaked_openings"] = 0
+            left_out["leaked_openings"] = 0
             held_out = {tuple(prompt.ids) for name in ("validation", "test") for prompt in self.prompts(name)}
         for start, rows in in_chunks(self.source.rows(split), "tokenising prompts"):
             for number, (row, made) in enumerate(zip(rows, make(rows), strict=True), start):
                 if made is None:
-                    counts["too_short"] += 1
+                    left_out["too_short"] += 1
                     continue
                 text, ids = made
                 if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
@@ -206,12 +154,12 @@ class PromptData:
                             f"{row.where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens="
                             f"{self.max_prompt_tokens}: raise it, or set data.on_long=skip to leave long prompts out"
                         )
-                    counts["too_long"] += 1
+                    left_out["too_long"] += 1
                     continue
-                counts["empty"] += not ids
+                left_out["empty"] += not ids
                 prompt = self.prompt(row, text, ids)
                 if tuple(prompt.ids) in held_out:
-                    counts["leaked_openings"] += 1
+                    left_out["leaked_openings"] += 1
                 else:
                     yield number, row, prompt
 

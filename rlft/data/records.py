@@ -8,6 +8,7 @@ out: it is what the two share (TRL's implicit prompt).
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ class RecordSource(StoredFiles):
     there.
     """
 
+    needs: str | None = None  # a package of the extra `data`
+
     def __init__(
         self,
         path: Paths,
@@ -51,6 +54,10 @@ class RecordSource(StoredFiles):
         validation: float = 0.05,
         test: float = 0.05,
     ) -> None:
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            raise ConfigError(
+                f"this data set needs the package {self.needs}, which is not installed: pip install 'rlft[data]'"
+            )
         check_choice("data.source.on_bad_row", on_bad_row, ON_BAD_ROW)
         check_fractions(validation, test)
         self.inputs = {split: self.expanded(names) for split, names in given_inputs(path).items()}

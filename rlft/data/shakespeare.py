@@ -7,13 +7,12 @@ import re
 import urllib.error
 import urllib.request
 from bisect import bisect_left
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 from rlft.core.cache_dir import atomic_path, cache_dir
 from rlft.core.errors import DataError, check_choice
-from rlft.data.source import SPLITS, Row, check_fractions, check_split, given_splits
+from rlft.data.source import SPLITS, OwnSource, Row, check_fractions, given_splits
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -21,7 +20,7 @@ DOCUMENTS = ("whole", "speeches")
 TIMEOUT_SECONDS = 30
 
 
-class Shakespeare:
+class Shakespeare(OwnSource):
     """The corpus, split by position: the first part is train, then validation, then test.
 
     nanoGPT keeps the first 90 % for training and calls the rest validation; here its last half is the test split, so
@@ -47,22 +46,7 @@ class Shakespeare:
         self.path = None if path is None else Path(path).expanduser()
         self.documents, self.validation, self.test = documents, validation, test
 
-    def rows(self, split: str) -> list[Row]:
-        """Return the texts of a split, in the order of the corpus."""
-        return self._read[0][check_split(split)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Texts in all, those left out, and the size of each split, in texts."""
-        return dict(self._read[1])
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether a validation split was asked for."""
-        return self.validation > 0
-
-    @cached_property
-    def _read(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    def read_all(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
         path = _downloaded() if self.path is None else self.path
         text = _checked(path).decode()
         bounds = [int(len(text) * (1 - self.validation - self.test)), int(len(text) * (1 - self.test))]

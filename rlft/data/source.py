@@ -9,8 +9,10 @@ duplicates only where they are equal.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,6 +48,36 @@ class Source(Protocol):
     def counts(self) -> dict[str, int]: ...
 
     def rows(self, split: str) -> Sequence[Row]: ...
+
+
+class OwnSource(ABC):
+    """Base of rlft's own sources: all rows are read at the first use.
+
+    Attributes: validation, the fraction of the rows that is held out for the evaluation.
+    """
+
+    validation: float
+
+    @abstractmethod
+    def read_all(self) -> tuple[Mapping[str, Sequence[Row]], dict[str, int]]:
+        """Return the rows of each split, and the counts: rows read, rows left out by reason, the size of each split."""
+
+    @cached_property
+    def _read(self) -> tuple[Mapping[str, Sequence[Row]], dict[str, int]]:
+        return self.read_all()
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """Return the rows of a split."""
+        return self._read[0][check_split(split)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(self._read[1])
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a validation split was asked for."""
+        return self.validation > 0
 
 
 @runtime_checkable

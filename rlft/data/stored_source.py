@@ -8,8 +8,8 @@ million rows take the memory of their hashes (64 bytes each) once, and none afte
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,8 @@ import numpy as np
 from rlft.data.progress_bar import reported
 from rlft.data.source import (
     SPLITS,
+    OwnSource,
     Row,
-    check_split,
     given_order,
     given_splits,
     sha256,
@@ -32,7 +32,7 @@ from rlft.data.source import (
 from rlft.data.store import Lazy, Store, Writer, file_key, stored
 
 
-class StoredSource(ABC):
+class StoredSource(OwnSource):
     """Base of the sources that are kept. A subclass says how it is read, and keeps its settings as plain attributes.
 
     Attributes (beside the subclass's own):
@@ -43,7 +43,6 @@ class StoredSource(ABC):
 
     inputs: dict[str, list[str]]
     is_split: bool
-    validation: float
     test: float
 
     @abstractmethod
@@ -66,18 +65,8 @@ class StoredSource(ABC):
         """Return the counts of what was read; the place to refuse inputs without a row."""
         return {"rows": num_rows}
 
-    def rows(self, split: str) -> Sequence[Row]:
-        """Return the rows of a split."""
-        return self._read[0][check_split(split)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Rows read, rows left out by reason, and the size of each split."""
-        return dict(self._read[1])
-
     @property
     def holds_out(self) -> bool:
-        """Whether a validation split was asked for."""
         return "validation" in self.inputs if self.is_split else self.validation > 0
 
     @cached_property
@@ -93,8 +82,7 @@ class StoredSource(ABC):
         inputs = {split: [self.input_key(name) for name in names] for split, names in self.inputs.items()}
         return json.dumps([type(self).__qualname__, settings, inputs], sort_keys=True)
 
-    @cached_property
-    def _read(self) -> tuple[dict[str, Sequence[Row]], dict[str, int]]:
+    def read_all(self) -> tuple[Mapping[str, Sequence[Row]], dict[str, int]]:
         if self.key is not None:
             try:
                 store = stored("rows", {"source": self.key}, self._write)
@@ -135,7 +123,7 @@ class StoredSource(ABC):
             return given_order(digests, marks, split)
         return split_order(digests, marks, validation=self.validation, test=self.test)
 
-    def _read_in_memory(self) -> tuple[dict[str, Sequence[Row]], dict[str, int]]:
+    def _read_in_memory(self) -> tuple[Mapping[str, Sequence[Row]], dict[str, int]]:
         found: dict[str, list[Row]] = {}
         num_skipped = 0
         with self._reported():
@@ -153,7 +141,7 @@ class StoredSource(ABC):
             splits, sizes = given_splits(found, mark=self.mark)
         else:
             splits, sizes = split_rows(found["train"], validation=self.validation, test=self.test, mark=self.mark)
-        return {**splits}, counts | sizes
+        return splits, counts | sizes
 
     @contextmanager
     def _reported(self) -> Iterator[None]:

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from rlft.core.errors import ConfigError, check_choice
 from rlft.core.ranges import CountOrZero, Size
 from rlft.core.rng import generator
-from rlft.data.source import Row, check_fractions, check_split, split_rows
+from rlft.data.source import SPLITS, OwnSource, Row, check_fractions, split_rows
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SENTENCES = ("the quick brown", "fox jumps over a", "lazy dog and ran", "far into the wood")
 
 
-class Task:
+class Task(OwnSource):
     """A source of problems: the text is the prompt, column `answer` what should follow; split by a hash of the prompt.
 
     | kind   | size | prompt            | answer             |
@@ -40,20 +40,19 @@ class Task:
         if not 1 <= size <= largest:
             raise ConfigError(f"data.source.size={size} must be between 1 and {largest} for kind={kind}")
         check_fractions(validation, test)
-        problems = _MAKE[kind](size, num, seed)
-        rows = [Row(prompt, {"answer": answer}, f"{kind} {i}") for i, (prompt, answer) in enumerate(problems)]
-        if kind == "recite":  # by heart: there is nothing to generalise to
-            self._rows, self._counts = dict.fromkeys(("train", "validation", "test"), rows), {"train": len(rows)}
-        else:
-            self._rows, self._counts = split_rows(rows, validation=validation, test=test)
-        self.holds_out = kind == "recite" or validation > 0
+        self.kind, self.size, self.num, self.seed = kind, size, num, seed
+        self.validation, self.test = validation, test
+
+    def read_all(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
+        problems = _MAKE[self.kind](self.size, self.num, self.seed)
+        rows = [Row(prompt, {"answer": answer}, f"{self.kind} {i}") for i, (prompt, answer) in enumerate(problems)]
+        if self.kind == "recite":  # by heart: there is nothing to generalise to
+            return dict.fromkeys(SPLITS, rows), {"train": len(rows)}
+        return split_rows(rows, validation=self.validation, test=self.test)
 
     @property
-    def counts(self) -> dict[str, int]:
-        return self._counts
-
-    def rows(self, split: str) -> list[Row]:
-        return self._rows[check_split(split)]
+    def holds_out(self) -> bool:
+        return self.kind == "recite" or self.validation > 0
 
 
 def _sums(size: int, num: int, seed: int) -> list[tuple[str, str]]:

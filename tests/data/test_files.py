@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib
+import sys
 
 import pytest
 
@@ -213,10 +213,7 @@ def test_hub_that_cannot_be_reached_is_an_error_that_names_the_ways_on(datasets,
 
 @pytest.mark.parametrize(("source", "module"), [(Parquet, "pyarrow"), (HuggingFaceData, "datasets")])
 def test_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, source, module):
-    def absent(name):
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(importlib, "import_module", absent)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"{module}, which is not installed: pip install 'rlft\[data\]'"):
         source(write(tmp_path, ""))
 
