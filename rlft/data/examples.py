@@ -1,4 +1,4 @@
-"""Examples: a prompt with the completions or the label that are given with it, as ids; kept as arrays once made."""
+"""Examples: a prompt with its given completions (as ids) or its given label."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ ON_UNUSABLE = ("error", "skip")
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its completions (ids, none empty) and its label, where it has them."""
+    """A prompt with its completions (ids, none of them empty) and its label, as far as it has them."""
 
     prompt: Prompt
     completions: tuple[list[int], ...] = ()
-    label: int = 0  # a class, or 1 for a desirable completion and 0 for another
-    is_cut: bool = False  # whether it was longer, and shortened as the data's settings ask
+    label: int = 0  # the index of a class; or 1 for a desirable completion and 0 for an undesirable one
+    is_cut: bool = False  # whether the text was truncated
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt with its longest completion."""
+        """Tokens of the prompt and its longest completion together."""
         return len(self.prompt.ids) + max(map(len, self.completions), default=0)
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """A row of which no example can be made: the name that it is counted under, and what is wrong with it."""
+    """A row that no example can be made from."""
 
-    reason: str
-    message: str  # begins with the row's place
+    reason: str  # the name that it is counted under
+    message: str  # what is wrong; begins with the row's place
 
 
 class StoredExamples(Lazy[Example]):
-    """Examples in the store, each made when it is asked for, as `StoredPrompts`.
+    """Examples in the store; each is made when it is asked for, as by `StoredPrompts`.
 
     Attributes:
-        lengths: tokens of each prompt with its longest completion, int64 [N].
+        lengths: tokens of each prompt and its longest completion together, int64 [N].
         labels: int64 [N]. is_cut: uint8 [N].
     """
 
@@ -60,14 +60,14 @@ class StoredExamples(Lazy[Example]):
         return len(self.lengths)
 
     def item(self, index: int) -> Example:
-        ends = self.store.arrays["completions_until"]  # of this example's completions and all before it
+        ends = self.store.arrays["completions_until"]  # number of completions up to and with each example's
         numbers = range(ends[index - 1] if index else 0, ends[index])
         completions = tuple(self.store.row("completions", number).tolist() for number in numbers)
         return Example(self.prompts[index], completions, int(self.labels[index]), bool(self.is_cut[index]))
 
     @staticmethod
     def columns(writer: Writer) -> Callable[[int, Row, Example], None]:
-        """Return what writes an example of a row, whose number in the split it is given, for `StoredExamples`."""
+        """Return a function (row's number in the split, row, example) that writes the example into the store."""
         prompt, completions = StoredPrompts.columns(writer), writer.ragged("completions", "int32")
         ends, lengths = writer.column("completions_until", "int64"), writer.column("lengths", "int64")
         labels, is_cut = writer.column("labels", "int64"), writer.column("is_cut", "uint8")
@@ -88,17 +88,17 @@ class StoredExamples(Lazy[Example]):
 
 
 def example_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """Return the number of tokens of each example, int64 [N], without making those that are in the store."""
+    """Return the number of tokens of each example, int64 [N]; examples in the store are not made for it."""
     if isinstance(examples, StoredExamples):
         return examples.lengths
     return np.array([example.num_tokens for example in examples], dtype=np.int64)
 
 
 class ExampleData(TokenisedData[Example]):
-    """Examples split by split, tokenised at the first call.
+    """The examples of a source, split by split.
 
     Arguments:
-        max_tokens: the longest prompt with completion, in tokens; None: no limit but the model's context.
+        max_tokens: the most tokens of a prompt and a completion together; None: no limit but the model's context.
         on_unusable: a row that cannot be used (too long, no text, …) is an error with its file and line ("error"), or
             left out and counted under its reason ("skip").
     """
@@ -116,14 +116,14 @@ class ExampleData(TokenisedData[Example]):
 
     @abstractmethod
     def read(self, rows: list[Row]) -> Iterator[Example | Unusable]:
-        """Yield an example for each row."""
+        """Yield an example for each row, or why there is none."""
 
     @abstractmethod
     def settings(self) -> list[Any]:
-        """Return what an example depends on beside its row, `max_tokens` and the tokenizer (JSON values)."""
+        """Return the subclass's own settings that an example depends on, for the cache key (JSON values)."""
 
     def check_columns(self, row: Row) -> None:
-        """Raise `DataError` for the first row of a split that lacks a column."""
+        """Raise `DataError` if this row, the first of a split, lacks a column."""
 
     def examples(self, split: str) -> Sequence[Example]:
         """Return the examples of a split in the source's order."""

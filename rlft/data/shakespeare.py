@@ -23,13 +23,13 @@ TIMEOUT_SECONDS = 30
 class Shakespeare(OwnSource):
     """The corpus, split by position: the first part is train, then validation, then test.
 
-    nanoGPT keeps the first 90 % for training and calls the rest validation; here its last half is the test split, so
-    that training sees the same text. The split is not by hash because neighbouring speeches belong together.
+    nanoGPT trains on the first 90 % and validates on the rest. Here the training split is the same, and the second half
+    of the rest is the test split. The split is not by hash, because neighbouring speeches belong together.
 
     Args:
-        path: the file, where it is already at hand. None: downloaded once into the cache directory.
-        documents: "whole", each split is one text (for language-model training), or "speeches", each speech with its
-            speaker's name is one (for prompts); a speech belongs to the split that it begins in, and one that occurs
+        path: the file. None: it is downloaded once into the cache directory.
+        documents: "whole" makes each split one text (for language-model training); "speeches" makes each speech a text,
+            with its speaker's name (for prompts). A speech belongs to the split that it begins in. A speech that occurs
             again, or in a later split as well, is left out and counted.
         validation, test: fractions of the characters.
 
@@ -62,7 +62,7 @@ class Shakespeare(OwnSource):
 
 
 def _cut(text: str, bounds: list[int], documents: str) -> list[tuple[int, int]]:
-    """Return where each document starts and ends."""
+    """Return the start and the end of each document, in characters."""
     if documents == "whole":
         edges = [0, *bounds, len(text)]
         return [(start, end) for start, end in pairwise(edges) if start < end]
@@ -90,7 +90,7 @@ def _check_hash(data: bytes, name: str) -> None:
 
 
 def _downloaded() -> Path:
-    """Return the file in the cache directory, downloaded if it is not there."""
+    """Return the path of the file in the cache directory; it is downloaded if it is not there."""
     path = cache_dir() / "tinyshakespeare.txt"
     if path.is_file():
         return path

@@ -1,4 +1,4 @@
-"""Generated tasks with one right answer: sums, sorting, and reciting a sentence by heart."""
+"""Generated problems with one right answer: sums, sorting letters, and reciting a sentence by heart."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SENTENCES = ("the quick brown", "fox jumps over a", "lazy dog and ran", "far int
 
 
 class Task(OwnSource):
-    """A source of problems: the text is the prompt, column `answer` what should follow; split by a hash of the prompt.
+    """A source of problems, split by a hash of the prompt; the column `answer` holds the right completion.
 
-    | kind   | size | prompt            | answer             |
-    |--------|------|-------------------|--------------------|
-    | sums   | 100  | "47+5="           | "52", of numbers below `size` |
-    | sort   | 6    | "qhedka=" | "adehkq", of `size` letters; `num` problems are drawn |
-    | recite | 4    | "1" … | a sentence of 15 to 17 letters; `size` of them, all in every split |
+    | kind   | prompt    | answer    | problems                                                           |
+    |--------|-----------|-----------|--------------------------------------------------------------------|
+    | sums   | "47+5="   | "52"      | all pairs of numbers below `size`                                  |
+    | sort   | "qhedka=" | "adehkq"  | `num` drawn problems of `size` letters                             |
+    | recite | "1"       | "the qu…" | `size` sentences of 15 to 17 characters, all of them in each split |
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Task(OwnSource):
         test: float = 0.05,
         seed: CountOrZero = 0,
     ) -> None:
-        """`num` and `seed` are for drawn problems (sort). Raises `ConfigError` for what is not allowed."""
+        """`num` and `seed` are used by sort only. Raises `ConfigError` for a value that is not allowed."""
         check_choice("data.source.kind", kind, _MAKE)
         largest = {"sums": 1000, "sort": len(LETTERS), "recite": len(SENTENCES)}[kind]
         if not 1 <= size <= largest:
@@ -46,7 +46,7 @@ class Task(OwnSource):
     def read_all(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
         problems = _MAKE[self.kind](self.size, self.num, self.seed)
         rows = [Row(prompt, {"answer": answer}, f"{self.kind} {i}") for i, (prompt, answer) in enumerate(problems)]
-        if self.kind == "recite":  # by heart: there is nothing to generalise to
+        if self.kind == "recite":  # learnt by heart: every split has all sentences
             return dict.fromkeys(SPLITS, rows), {"train": len(rows)}
         return split_rows(rows, validation=self.validation, test=self.test)
 

@@ -19,12 +19,12 @@ T = TypeVar("T")
 class TokenisedData(ABC, Generic[T]):
     """Items (prompts or examples) that are tokenised when their split is first asked for.
 
-    Where the source has a key, the items are kept in the cache directory. Each one is then read from there when it is
-    asked for, so that a million of them take no memory.
+    If the source has a key, the items are cached on disk, and each is read from there when it is asked for: a million
+    of them take no memory.
     """
 
-    noun: str  # "prompt" or "example": what counts, messages and cache entries call an item
-    stored_as: Any  # StoredPrompts or StoredExamples: its `columns` write items into the store, its instances read them
+    noun: str  # "prompt" or "example": the name of an item in counts, messages and cache entries
+    stored_as: Any  # StoredPrompts or StoredExamples: the class that writes items into the store and reads them back
 
     def __init__(self, source: Source, *, tokenizer: Encoder) -> None:
         self.source, self.tokenizer = source, tokenizer
@@ -32,11 +32,11 @@ class TokenisedData(ABC, Generic[T]):
 
     @abstractmethod
     def make(self, split: str, left_out: dict[str, int]) -> Iterator[tuple[int, Row, T]]:
-        """Yield (row's number in the split, row, item); count the rows without an item in `left_out`, by reason."""
+        """Yield (row's number in the split, row, item), and count in `left_out` the rows left out, by reason."""
 
     @abstractmethod
     def key_parts(self) -> dict[str, Any]:
-        """Return what the items depend on beside rows, split and tokenizer (JSON values)."""
+        """Return the settings that the items depend on, for the cache key (JSON values)."""
 
     def items(self, split: str) -> Sequence[T]:
         """Return the items of a split in the source's order."""
@@ -58,7 +58,7 @@ class TokenisedData(ABC, Generic[T]):
 
     @property
     def counts(self) -> dict[str, int]:
-        """The source's counts; items for training and validation; rows of these two splits left out, by reason."""
+        """The source's counts, and for train and validation the items and the rows left out, by reason."""
         counts = dict(self.source.counts)
         for split in ("train", "validation"):
             items, left_out = self._load(split)
@@ -68,7 +68,7 @@ class TokenisedData(ABC, Generic[T]):
         return counts
 
     def _load(self, split: str) -> tuple[Sequence[T], dict[str, int]]:
-        """Return the items of a split and the counts of the rows left out of it."""
+        """Return the items of a split, and the counts of its rows that were left out."""
         if check_split(split) not in self._made:
             source, left_out = key_of(self.source, made_by=self), dict[str, int]()
             if source is None:
