@@ -109,14 +109,6 @@ def normalised(text: str) -> str:
     return " ".join(text.split())
 
 
-def split_of(text: str, *, validation: float = 0.05, test: float = 0.05) -> str:
-    """Return the split of a text, chosen by the SHA-256 of its normalised form, read as a number in [0, 1)."""
-    number = int.from_bytes(text_digest(text)[:8], "big") / 2**64
-    if number < test:
-        return "test"
-    return "validation" if number < test + validation else "train"
-
-
 def text_digest(text: str) -> bytes:
     """Return the SHA-256 of the normalised text."""
     return sha256(normalised(text))
@@ -135,8 +127,9 @@ def split_rows(
 ) -> tuple[dict[str, list[Row]], dict[str, int]]:
     """Return the rows of each split, without duplicates and in the order of their hashes, and the counts.
 
-    Two rows are duplicates if `mark` gives the same hash for both (default: the hash of the text). The counts are
-    `duplicates` and the size of each split.
+    The SHA-256 of a text's normalised form, read as a number u in [0, 1), chooses its split: test if u < test, else
+    validation if u < test + validation, else train. Two rows are duplicates if `mark` gives the same hash for both
+    (default: the hash of the text). The counts are `duplicates` and the size of each split.
     """
     rows = list(rows)
     order, counts = split_order(

@@ -7,12 +7,11 @@ Here an epoch is a permutation of blocks that do not overlap, so each token is t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from rlft.core.cache_dir import atomic_path, cache_dir, digest, key_of, texts_digest
+from rlft.core.cache_dir import atomic_path, cache_dir, digest, key_of_texts
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.ranges import Size
 from rlft.core.rng import generator, order
@@ -103,7 +102,9 @@ class TextData:
         return num_blocks
 
     def _load(self, split: str) -> np.ndarray:
-        path = cache_dir() / "tokens" / f"{self._key(split)}.npy"
+        source = key_of_texts(self.source, split)
+        key = digest(version=VERSION, source=source, split=split, **tokenizer_key(self.tokenizer))
+        path = cache_dir() / "tokens" / f"{key}.npy"
         if not path.is_file():
             with atomic_path(path) as temporary:
                 self._write(temporary, split)
@@ -121,11 +122,3 @@ class TextData:
                 tokens.extend(ids)
                 tokens.extend(end)
         tokens.finish()
-
-    def _key(self, split: str) -> str:
-        """Return a hash of what the token array depends on: the source's key, or all texts if it has none."""
-        source: Any = key_of(self.source)
-        if source is None:
-            rows = self.source.rows(split)
-            source = texts_digest((row.text for row in rows), len(rows))
-        return digest(version=VERSION, source=source, split=split, **tokenizer_key(self.tokenizer))
