@@ -1,6 +1,6 @@
-"""What a number may be, said where a setting is declared: `rows_per_step: Size`; rlft/config.py refuses the rest.
+"""Ranges of settings, as annotations such as `rows_per_step: Size`; rlft/config.py refuses values outside of them.
 
-An annotation alone changes nothing for whoever calls the constructor in Python.
+The annotations do not check the arguments of a constructor that is called from Python.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """From `low` to `high`, both allowed, or from above `low` where `is_open`."""
+    """From `low` to `high`, both included; `low` is excluded if `is_open`."""
 
     low: float
     high: float = math.inf
     is_open: bool = False
 
     def refusal(self, value: float) -> str | None:
-        """Return what `value` must be, such as "at least 1", where it lies outside; None where it does not."""
-        if not (value > self.low if self.is_open else value >= self.low):  # so is nan outside
+        """Return None for a value in the range; otherwise the bound that it violates, such as "at least 1"."""
+        if not (value > self.low if self.is_open else value >= self.low):  # nan is outside too
             return f"above {self.low}" if self.is_open else f"at least {self.low}"
         return None if value <= self.high else f"at most {self.high}"
 
 
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
-Size = Annotated[int, Range(1, 2**31 - 1)]  # of a batch or a model: what tensors are as long as
+Size = Annotated[int, Range(1, 2**31 - 1)]  # of a batch or a model: the length of a tensor
 SizeOrZero = Annotated[int, Range(0, 2**31 - 1)]
 Positive = Annotated[float, Range(0, is_open=True)]
 NonNegative = Annotated[float, Range(0)]
-Fraction = Annotated[float, Range(0, 1)]  # of a whole, and what decays by the step, such as gamma
+Fraction = Annotated[float, Range(0, 1)]  # shares, and decay factors such as gamma
