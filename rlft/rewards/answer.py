@@ -25,7 +25,6 @@ class Answer:
 
     def __call__(
         self,
-        prompts: list[str],
         completions: list[str],
         completion_ids: list[list[int]],
         answer: list[Any] | None = None,

@@ -42,9 +42,7 @@ class Keyword:
             re.compile(_bounded(keyword) if whole_words else re.escape(keyword), flags) for keyword in keywords
         ]
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         return [
             sum(pattern.search(completion) is not None for pattern in self._patterns) / len(self._patterns)
             for completion in completions

@@ -43,9 +43,7 @@ class Length:
             raise ConfigError(f"reward.length.slope={slope!r} must be a number above 0 (reward lost for each token)")
         self.min_tokens, self.max_tokens, self.slope = min_tokens, max_tokens, float(slope)
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         return [-self.slope * outside if (outside := self._outside(len(ids))) else 0.0 for ids in completion_ids]
 
     def _outside(self, n: int) -> int:

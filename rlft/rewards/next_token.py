@@ -20,12 +20,7 @@ class NextToken:
         self.miss = miss
 
     def __call__(
-        self,
-        prompts: list[str],
-        completions: list[str],
-        completion_ids: list[list[int]],
-        target_ids: list[list[int]] | None = None,
-        **columns: Any,
+        self, completion_ids: list[list[int]], target_ids: list[list[int]] | None = None, **columns: Any
     ) -> list[list[float]]:
         if target_ids is None:
             raise ConfigError("reward=next_token needs a column target_ids: data=shakespeare_contexts has one")

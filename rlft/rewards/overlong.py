@@ -21,8 +21,6 @@ class Overlong:
             )
         self.max_tokens, self.buffer = max_tokens, buffer
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         start = self.max_tokens - self.buffer
         return [min(0.0, max(-1.0, (start - len(ids)) / self.buffer)) for ids in completion_ids]

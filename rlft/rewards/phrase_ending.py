@@ -36,9 +36,7 @@ class PhraseEnding:
         ]
         self._pattern = re.compile(rf"(?:{'|'.join(endings)})\s*\Z", 0 if case_sensitive else re.IGNORECASE)
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         return [float(self._pattern.search(completion) is not None) for completion in completions]
 
 

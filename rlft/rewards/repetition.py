@@ -32,9 +32,7 @@ class Repetition:
             raise ConfigError(f"reward.repetition.ngram={ngram!r} must be a whole number of words, at least 1")
         self.ngram = ngram
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         return [self._score(completion) for completion in completions]
 
     def _score(self, completion: str) -> float:

@@ -66,9 +66,7 @@ class RewardModel:
         self.weight, self.bias = head["linear.weight"].float(), head["linear.bias"].float()  # [K, C], [K]
 
     @torch.inference_mode()
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
-    ) -> list[float]:
+    def __call__(self, prompts: list[str], completions: list[str], **columns: object) -> list[float]:
         device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         )

@@ -49,9 +49,7 @@ class Sentiment:
         self.scale = scale
         self.analyzer = vader.SentimentIntensityAnalyzer()  # made once, because it reads the lexicon
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         return [self._score(completion) for completion in completions]
 
     def _score(self, completion: str) -> float:

@@ -76,9 +76,7 @@ class SentimentModel:
         self._output, self._batch_size, self._truncates = output, batch_size, on_long == "truncate"
         self.model = _load_model(path, found, config)
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         device = self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(device)  # not in the constructor, because the current CUDA device is chosen after it
         scores: list[float | None] = []
