@@ -271,7 +271,7 @@ def shards(tmp_path):
 def test_several_files_are_one_source_in_the_order_given(tmp_path):
     names = [str(shards(tmp_path) / f"{name}.jsonl") for name in "bca"]
     source = Jsonl({"train": names, "test": str(tmp_path / "*.jsonl")})
-    assert [row.text for row in source.rows("test")] == list("rspqtu")  # a pattern's files, by their names
+    assert [row.text for row in source.rows("test")] == list("rspqtu")  # a pattern's files are sorted by name
     assert Jsonl({"train": names}).rows("train") == [
         Row(text, {}, f"{tmp_path}/{name}.jsonl:{line}")
         for name, line, text in zip("bbccaa", (1, 2) * 3, "pqturs", strict=True)

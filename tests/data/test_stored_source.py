@@ -1,4 +1,4 @@
-"""What is kept of a source's rows and of the ids made from them: the same as was read, and nothing read twice."""
+"""Cached rows and ids are equal to those that were read, and nothing is read twice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def everything(source):
 
 
 def in_memory(source):
-    """What the source gives where nothing is kept."""
+    """The rows of a source without the cache."""
     splits, counts = StoredSource._read_in_memory(source)
     return counts, [list(splits[split]) for split in SPLITS]
 
@@ -117,7 +117,7 @@ def made(kind, source, tokenizer):
 
 
 class Unkeyed:
-    """A source with the rows of another, held in a list, and without its key."""
+    """A source with the rows of another source, but without its key."""
 
     def __init__(self, source):
         self.counts, self.splits = source.counts, {split: list(source.rows(split)) for split in SPLITS}

@@ -1,4 +1,4 @@
-"""Rewards with a number for each token, and two that come with the package: next_token and overlong."""
+"""Token-level rewards in the sum, and two of the package's rewards: next_token and overlong."""
 
 from __future__ import annotations
 
