@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlft.core.cache_dir import atomic_path, cache_dir
 from rlft.core.errors import DataError, check_choice
-from rlft.data.source import SPLITS, OwnSource, Row, check_fractions, given_splits
+from rlft.data.source import SPLITS, SplitSource, Row, check_fractions, given_splits
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -20,7 +20,7 @@ DOCUMENTS = ("whole", "speeches")
 TIMEOUT_SECONDS = 30
 
 
-class Shakespeare(OwnSource):
+class Shakespeare(SplitSource):
     """The corpus, split by position: the first part is train, then validation, then test.
 
     nanoGPT trains on the first 90 % and validates on the rest. Here the training split is the same, and the second half

@@ -49,7 +49,7 @@ class Source(Protocol):
     def rows(self, split: str) -> Sequence[Row]: ...
 
 
-class OwnSource(ABC):
+class SplitSource(ABC):
     """Base of rlft's own sources, which read all rows at the first use."""
 
     validation: float  # fraction of the texts that is held out for evaluation

@@ -20,7 +20,7 @@ import numpy as np
 from rlft.data.progress_bar import reported
 from rlft.data.source import (
     SPLITS,
-    OwnSource,
+    SplitSource,
     Row,
     given_order,
     given_splits,
@@ -32,7 +32,7 @@ from rlft.data.source import (
 from rlft.data.store import Lazy, Store, Writer, file_key, stored
 
 
-class StoredSource(OwnSource):
+class StoredSource(SplitSource):
     """Base of the cached sources. A subclass reads its inputs in `read`, and keeps its settings as plain attributes.
 
     Attributes in addition to the subclass's own:

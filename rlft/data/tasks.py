@@ -8,13 +8,13 @@ from collections.abc import Callable
 from rlft.core.errors import ConfigError, check_choice
 from rlft.core.ranges import CountOrZero, Size
 from rlft.core.rng import generator
-from rlft.data.source import SPLITS, OwnSource, Row, check_fractions, split_rows
+from rlft.data.source import SPLITS, SplitSource, Row, check_fractions, split_rows
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SENTENCES = ("the quick brown", "fox jumps over a", "lazy dog and ran", "far into the wood")
 
 
-class Task(OwnSource):
+class Task(SplitSource):
     """A source of problems, split by a hash of the prompt; the column `answer` holds the right completion.
 
     | kind   | prompt    | answer    | problems                                                           |
