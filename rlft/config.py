@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,44 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlft.core.errors import ConfigError, nearest
 from rlft.core.paths import conf_directory
-from rlft.core.ranges import Count, CountOrZero, NonNegative, Positive, Range, Size
+from rlft.core.ranges import Range
+from rlft.core.settings import RootSettings, parameters_of
 from rlft.trainer.schedule import SCHEDULES
-
-
-@dataclass(frozen=True)
-class RootSettings:
-    """The root settings; `conf/train.yaml` says what each means and holds its default."""
-
-    name: str
-    seed: CountOrZero
-    run_dir: str | None
-    resume: bool
-    dry_run: bool
-    trusted_modules: tuple[str, ...]
-    steps: CountOrZero
-    max_minutes: Positive | None
-    max_tokens: Count | None
-    patience: Count | None
-    prompts_per_step: Size
-    group_size: Size
-    micro_batch: Size | None
-    micro_batch_tokens: Size | None
-    rollout_rows: Size | None
-    max_new_tokens: Size
-    temperature: Positive
-    learning_rate: Positive
-    warmup_steps: CountOrZero
-    schedule: str
-    final_learning_rate_fraction: NonNegative
-    max_grad_norm: Positive
-    weight_decay: NonNegative
-    betas: tuple[float, float]
-    eval_every: CountOrZero
-    eval_prompts: Size
-    save_every: CountOrZero
-    keep: Count
-    log_every: Count
-    profile: bool
 
 
 @dataclass(frozen=True)
@@ -79,24 +44,21 @@ class RootConfig(RootSettings):
     tracker: dict
 
 
-# What rlft/build.py hands to each group's callable; a setting of that name would be overwritten, and is refused.
-GIVEN = {
-    "model": [],
-    "reference": ["policy", "data", "tokenizer"],
-    "algo": [
-        "policy", "reference", "rewards", "data", "tokenizer", "sampling", "seed",
-        "device", "autocast", "is_float32", "rank", "world_size", "clock",
-    ],
-    "reward": [],
-    "data": ["tokenizer"],
-    "hardware": [],
-    "tracker": [],
-}  # fmt: skip
+# The groups, and what rlft/build.py hands to each one's callable: no setting may have that name.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "reference": ("policy", "data", "tokenizer"),
+    "algo": ("run",),
+    "reward": (),
+    "data": ("tokenizer",),
+    "hardware": (),
+    "tracker": (),
+}
 NODE = object()  # stands for the type of what is made from a node with a _target_: an object of ours, or a function
 # What rlft/build.py itself reads of a group's YAML, and its type.
 READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
-_NO_CHOICE = re.compile(rf"\+*({'|'.join(GIVEN)}|experiment|hydra|[\w/]+/\w+|)=(-?[\d.]+|null|true|false|\[.*\])$")
+_NO_CHOICE = re.compile(rf"\+*({'|'.join(GROUPS)}|experiment|hydra|[\w/]+/\w+|)=(-?[\d.]+|null|true|false|\[.*\])$")
 LARGEST = 2**63 - 1  # a whole number in a tensor, or a key of a random draw
 
 
@@ -114,7 +76,7 @@ def checked_values(values: dict[str, Any]) -> RootConfig:
     """Return plain values, wherever they come from, as a configuration; raises as `checked` does. Imports targets."""
     _check_keys(values)
     _check_plain("", values)
-    root = {key: value for key, value in values.items() if key not in GIVEN}
+    root = {key: value for key, value in values.items() if key not in GROUPS}
     for field in fields(RootSettings):
         if field.type == "bool" and field.name in root:  # OmegaConf takes any number for a bool
             _check_type(field.name, root[field.name], bool)
@@ -125,7 +87,7 @@ def checked_values(values: dict[str, Any]) -> RootConfig:
         raise _type_error(error) from error
     _check_plain("", typed)  # "nan" has become a number
     _check_root(typed)
-    groups: dict[str, Any] = {group: {} if values.get(group) is None else values[group] for group in GIVEN}
+    groups: dict[str, Any] = {group: {} if values.get(group) is None else values[group] for group in GROUPS}
     for group, node in groups.items():
         _check_group(group, node)
     return RootConfig(**(typed | groups | {key: tuple(typed[key]) for key in ("betas", "trusted_modules")}))
@@ -245,12 +207,12 @@ def _check_group(group: str, node: dict[str, Any]) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"reward={node!r} is not a group choice; see the files under conf/reward/")
         for name, reward in node.items():
-            _check_node(f"reward.{name}", reward, given=GIVEN[group], read=READ_BY_BUILD[group])
+            _check_node(f"reward.{name}", reward, given=GROUPS[group], read=READ_BY_BUILD[group])
     else:
-        _check_node(group, node, given=GIVEN[group], read=READ_BY_BUILD.get(group, {}))
+        _check_node(group, node, given=GROUPS[group], read=READ_BY_BUILD.get(group, {}))
 
 
-def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any]) -> None:
+def _check_node(path: str, node: Any, *, given: Collection[str], read: dict[str, Any]) -> None:
     """Check a `_target_` node's keys against its callable's signature, then the nodes inside it."""
     if not isinstance(node, dict):
         raise ConfigError(
@@ -265,13 +227,14 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
         _check_type(f"{path}.{key}", node.get(key, False), bool)
     try:
         target = get_method(node["_target_"])
-        parameters = inspect.signature(target).parameters
+        parameters = parameters_of(target)
     except Exception as error:  # hydra wraps import errors of every kind
         why = " ".join(str(error).split())  # one line: the last of stderr names the key
         raise ConfigError(f"{path}._target_={node['_target_']} cannot be used: {why}") from error
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    hints = _hints(target) | read
+    takes_any = any(p.kind is p.VAR_KEYWORD for p, _ in parameters.values())
+    named = [name for name, (p, _) in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    has_default = {name for name, (p, _) in parameters.items() if p.default is not p.empty}
+    hints = {name: hint for name, (_, hint) in parameters.items()} | read
     for key, value in node.items():
         if key in _HYDRA_KEYS:
             continue
@@ -280,22 +243,21 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
         if key not in named and key not in read and not takes_any:
             settable = [name for name in [*named, *read] if name not in given and name != "self"]
             if node.get("_partial_"):  # what has no default is a tensor, handed in at each call
-                settable = [n for n in settable if n in node or parameters[n].default is not inspect.Parameter.empty]
+                settable = [n for n in settable if n in node or n in has_default]
             raise ConfigError(
                 f"unknown setting '{path}.{key}'{nearest(key, settable)}{_taken_by(target, key)}; "
                 f"allowed: {', '.join(settable) or 'none'}"
             )
         if key in hints:
             _check_type(f"{path}.{key}", value, hints[key])
-    required = [name for name in named if parameters.get(name) and parameters[name].default is inspect.Parameter.empty]
-    missing = [name for name in required if name not in node and name not in given]
+    missing = [name for name in named if name not in has_default and name not in node and name not in given]
     if missing and not node.get("_partial_"):
         raise ConfigError(f"{path}.{missing[0]} is not set, and has no default")
     for key, value in node.items():
         options = _options(hints.get(key))
         is_open = value is None and type(None) in options
         if (any(map(_is_node, options)) and not is_open) or (isinstance(value, dict) and "_target_" in value):
-            _check_node(f"{path}.{key}", value, given=[], read={})
+            _check_node(f"{path}.{key}", value, given=(), read={})
 
 
 def _taken_by(target: Any, key: str) -> str:
@@ -308,14 +270,6 @@ def _taken_by(target: Any, key: str) -> str:
         and key in inspect.signature(other).parameters
     ]  # fmt: skip
     return f": {target.__name__} does not take it, {' and '.join(others)} would" if others else ""
-
-
-def _hints(target: Any) -> dict[str, Any]:
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        return typing.get_type_hints(function, include_extras=True)
-    except NameError:  # annotations that exist for the type checker only
-        return {}
 
 
 def _is_node(hint: Any) -> bool:

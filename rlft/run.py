@@ -26,7 +26,7 @@ from rlft.core.errors import ConfigError, RunDirectoryError
 from rlft.saved_config import foreign_code, from_run, read_config
 from rlft.tracking.progress import Progress
 from rlft.trainer.checkpoint import Checkpoints
-from rlft.trainer.settings import TrainState
+from rlft.trainer.state import TrainState
 from rlft.trainer.trainer import Trainer
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
@@ -51,7 +51,7 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
         job = build.build(config)
         with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
             progress.plan(_plan(config, job, run_dir))
-            build.trainer(job, config, run_dir=run_dir, progress=progress)  # its refusals are part of the plan
+            build.trainer(job, run_dir=run_dir, progress=progress)  # its refusals are part of the plan
         return EXIT_DONE
     with _locked(run_dir), _signals() as stop:
         commit = source_commit()
@@ -66,7 +66,7 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
         try:
             with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
                 progress.plan(_plan(config, job, run_dir))
-                trainer = build.trainer(job, config, run_dir=run_dir, progress=progress)
+                trainer = build.trainer(job, run_dir=run_dir, progress=progress)
                 if config.resume:
                     trainer.resume()
                 _write_config(run_dir, config)  # only now it holds a run: what could not be built leaves it free
@@ -98,7 +98,7 @@ def _plan(config: RootConfig, job: build.Job, run_dir: Path) -> list[tuple[str, 
     return [
         ("run directory", str(run_dir)),
         ("device", f"{job.accelerator.device}, {job.accelerator.num_processes} process(es)"),
-        ("policy", f"{type(job.policy).__name__}, {job.policy.num_parameters():,} parameters"),
+        ("policy", f"{type(job.run.policy).__name__}, {job.run.policy.num_parameters():,} parameters"),
         *job.algorithm.plan(),
         ("ends after", " or ".join(limits)),
     ]
@@ -177,7 +177,7 @@ def _done(run_dir: Path, config: RootConfig) -> str | None:
             f"steps={config.steps}, but the run in {run_dir} has done {state.step}: give at least as many, or evaluate "
             f"its policy by steps=0 model.path=… in a directory of its own"
         )
-    reason = state.ended(build.train_settings(config))
+    reason = state.ended(config)
     try:
         is_written = json.loads((run_dir / "summary.json").read_text())["steps"] == state.step
     except (OSError, ValueError, KeyError, TypeError):  # a summary is written last, and whole: there is none
@@ -219,8 +219,8 @@ def _finish(
     run_dir: Path, config: RootConfig, job: build.Job, trainer: Trainer, reason: str, commit: str | None
 ) -> dict:
     """Export the final policy, write summary.json and return what it holds."""
-    job.policy.save_hf(run_dir / "model", eos_id=job.tokenizer.eos_id)
-    job.tokenizer.save(run_dir / "model")
+    job.run.policy.save_hf(run_dir / "model", eos_id=job.run.tokenizer.eos_id)
+    job.run.tokenizer.save(run_dir / "model")
     state = trainer.state
     summary = {
         "name": config.name,

@@ -16,8 +16,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rlft.config import RootConfig, RootSettings, checked, missing_keys
+from rlft.config import RootConfig, checked, missing_keys
 from rlft.core.errors import ConfigError
+from rlft.core.settings import RootSettings
 from rlft.saved_config import foreign_code, from_run
 
 ROOT = Path(__file__).parents[1]
@@ -391,7 +392,7 @@ def test_a_target_that_cannot_be_called_is_refused_in_one_line_with_its_key(node
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["algo.seed", "algo.policy", "data.tokenizer", "reference.policy"])
+@pytest.mark.parametrize("key", ["algo.run.seed", "algo.run.policy", "data.tokenizer", "reference.policy"])
 def test_what_the_run_hands_in_cannot_be_set_and_then_ignored(key):
     with pytest.raises(ConfigError, match=f"^{re.escape(key)} cannot be set"):
         edited(f"{key}=3")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator  # takes a while to import
 
 
-class Means:
+class Metrics:
     """Averages whose denominator is the number of counted entries in the whole batch, over micro-batches and ranks.
 
     Sums are kept on the device, so that adding one does not wait for it.

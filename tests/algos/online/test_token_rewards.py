@@ -95,7 +95,7 @@ def test_the_logprob_of_the_texts_own_token_is_added_to_each_tokens_reward():
     order = [prompts[0], prompts[1]] if int(batch.rows.prompt_lengths[0]) == 3 else [prompts[1], prompts[0]]
     for i, ids in enumerate(completions(batch)):
         wanted = order[i // 3].columns["target_ids"]
-        logp, _ = frozen_distributions(algorithm.policy, batch, i, 0.8)
+        logp, _ = frozen_distributions(algorithm.run.policy, batch, i, 0.8)
         for t, token in enumerate(ids):
             expected = float(token == wanted[t]) + 0.5 * float(logp[t, wanted[t]]) if t < len(wanted) else 0.0
             assert float(batch.values["advantages"][i, t]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
