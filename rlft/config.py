@@ -26,9 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlft.core.errors import ConfigError, nearest
 from rlft.core.paths import conf_directory
-from rlft.core.ranges import Range
+from rlft.core.ranges import Choice, Range
 from rlft.core.settings import RootSettings, parameters_of
-from rlft.trainer.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,8 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         root, _, rest = key.partition(".")
         known = [field.name for field in fields(RootConfig)]
         if rest and root in known:
-            hint, where = nearest(rest.rpartition(".")[2], _group_keys(root)), f"conf/{root}/ has what its files set"
+            leaf, where = rest.rpartition(".")[2], f"conf/{root}/ has what its files set"
+            hint = f" (did you mean the root setting '{leaf}'?)" if leaf in known else nearest(leaf, _group_keys(root))
         elif (conf_directory() / root).is_dir() and root not in known:
             hint, where = "", f"a file of conf/{root}/ is added by +{key}=NAME"
         elif (conf_directory() / "algo" / root).is_dir():
@@ -194,10 +194,6 @@ def _check_root(root: dict[str, Any]) -> None:
         raise ConfigError(f"patience={root['patience']} counts evaluations, and eval_every=0 has none: set eval_every")
     if root["steps"] and root["warmup_steps"] >= root["steps"]:
         raise ConfigError(f"warmup_steps={root['warmup_steps']} must be below steps={root['steps']}")
-    if root["schedule"] not in SCHEDULES:
-        raise ConfigError(
-            f"schedule={root['schedule']} is not one of {', '.join(SCHEDULES)}{nearest(root['schedule'], SCHEDULES)}"
-        )
     if len(root["betas"]) != 2 or not all(0 <= beta < 1 for beta in root["betas"]):
         raise ConfigError(f"betas={root['betas']} must be two numbers in [0, 1)")
 
@@ -284,7 +280,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _check_type(path: str, value: Any, hint: Any) -> None:
-    """Check values of plain types (str, int, float, bool, None, unions of them, and ranges of numbers) only."""
+    """Check values of plain types (str, int, float, bool, None, unions of them, ranges of numbers and choices) only."""
     ranges = [extra for option in _options(hint) for extra in getattr(option, "__metadata__", ())]
     options = [getattr(option, "__origin__", option) if ranges else option for option in _options(hint)]
     if not set(options) <= {str, int, float, bool, type(None)}:
@@ -295,5 +291,5 @@ def _check_type(path: str, value: Any, hint: Any) -> None:
         names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
         raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {names} is allowed")
     for limits in ranges:
-        if isinstance(limits, Range) and value is not None and (refusal := limits.refusal(value)):
+        if isinstance(limits, Range | Choice) and value is not None and (refusal := limits.refusal(value)):
             raise ConfigError(f"{path}={value} must be {refusal}")

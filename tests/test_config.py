@@ -364,7 +364,7 @@ def test_a_key_that_is_no_name_is_refused():
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("schedule=cosin", "schedule=cosin is not one of constant, linear, cosine (did you mean 'cosine'?)"),
+        ("schedule=cosin", "schedule=cosin must be one of constant, linear, cosine (did you mean 'cosine'?)"),
         ("patience=2", "patience=2 counts evaluations, and eval_every=0 has none"),
         ("warmup_steps=1000000", "warmup_steps=1000000 must be below steps"),
         ("betas=[0.9]", "betas=[0.9] must be two numbers in [0, 1)"),

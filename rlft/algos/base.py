@@ -24,6 +24,7 @@ from rlft.rewards.compose import RewardSum
 from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer
 
+CPU = torch.device("cpu")
 NOT_EVALUATED = "none: nothing is held out, and the run trains without evaluation"  # a line of the plan
 
 
@@ -47,7 +48,7 @@ class Run:
     data: Any  # a data set of one of the kinds that the algorithm reads
     reference: CausalLM | None = None
     rewards: RewardSum | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     autocast: Callable[[], AbstractContextManager] = nullcontext  # the context of a forward, for mixed precision
     is_float32: bool = True  # whether logprobs are exact to float32's rounding
     rank: int = 0

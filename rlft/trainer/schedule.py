@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from rlft.core.errors import ConfigError, nearest
-
-SCHEDULES = ("constant", "linear", "cosine")
+from rlft.core.settings import SCHEDULES
 
 
 def learning_rate(

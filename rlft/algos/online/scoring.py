@@ -98,7 +98,7 @@ class ReferenceScores:
 
 
 def is_exact_kl_logged(run: Run) -> bool:
-    """Return whether there is a reference, and a vocabulary so small that the exact KL costs little beside its estimate."""
+    """Return whether there is a reference, and a vocabulary small enough to log the exact KL beside its estimate."""
     return run.reference is not None and run.policy.vocab_size <= EXACT_KL_VOCABULARY
 
 
