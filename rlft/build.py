@@ -1,6 +1,6 @@
 """From the checked configuration to objects: the only file that instantiates.
 
-Order: what is cheap and can fail comes first (hardware, data), then weights, then the algorithm that wires them.
+What is cheap and can fail comes first (hardware, the algorithm's check, data), then weights, then the algorithm.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _rewards(node: dict[str, dict]) -> RewardSum:
 def _reference(node: dict, **available: Any) -> CausalLM | None:
     """Return the reference, made from those of the available objects that its function names.
 
-    rlft/config.py has refused a function that asks for another one.
+    rlft/config.py has already refused a function that asks for anything else.
     """
     names = parameters_of(get_method(node["_target_"]))
     return _instantiate(node, **{name: value for name, value in available.items() if name in names})
@@ -185,9 +185,9 @@ def _instantiate(node: dict, **given: Any) -> Any:
 
 
 def _parts(node: dict, **replaced: Any) -> functools.partial:
-    """Return a node's callable with its settings and built parts; an error of ours under Hydra's is raised as itself.
+    """Return a node's callable with its settings and nested parts; an `RlftError` that Hydra wrapped is raised itself.
 
-    What the run gives is passed at the call: Hydra would try to make configuration nodes of it.
+    What the run gives is passed at the call: Hydra would try to turn it into configuration nodes.
     """
     try:
         made = instantiate(node | {"_partial_": True}, _convert_="all")

@@ -1,4 +1,4 @@
-"""The configuration's schema, and its check after composition: nothing unknown or mistyped gets past it.
+"""The check of the whole configuration after composition: nothing unknown or mistyped gets past it.
 
 Hydra refuses an unknown key on the command line but adds one that stands in an experiment file, and `_partial_` hides a
 wrong argument until the call. So the composed configuration is checked as a whole: root keys and types against
@@ -53,7 +53,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "hardware": (),
     "tracker": (),
 }
-NODE = object()  # stands for the type of what is made from a node with a _target_: an object of ours, or a function
+NODE = object()  # the hint of a value that is built from a node with a _target_
 # What rlft/build.py itself reads of a group's YAML, and its type.
 READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
@@ -72,7 +72,7 @@ def checked(config: DictConfig) -> RootConfig:
 
 
 def checked_values(values: dict[str, Any]) -> RootConfig:
-    """Return plain values, wherever they come from, as a configuration; raises as `checked` does. Imports targets."""
+    """Check plain values as a configuration, and import the targets that they name; raises as `checked` does."""
     _check_keys(values)
     _check_plain("", values)
     root = {key: value for key, value in values.items() if key not in GROUPS}
@@ -103,7 +103,7 @@ def _check_keys(values: Any) -> None:
 
 
 def _check_plain(path: str, value: Any) -> None:
-    """Raise `ConfigError` for what no setting can be, in dicts and lists too: nan, 30 digits, NUL in a text."""
+    """Raise `ConfigError` for values that no setting can have, also in dicts and lists: nan, huge integers, NUL in a text."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -134,7 +134,7 @@ def missing_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> ConfigError:
-    """Return Hydra's complaint about one of the overrides as an error of ours, with the nearest name that there is."""
+    """Turn Hydra's error about an override into a `ConfigError` that names the nearest valid name."""
     text = " ".join(str(error).split())
     is_foreign = not isinstance(error, (HydraException, OmegaConfBaseException))
     if is_foreign and (groups := [one for one in overrides if _NO_CHOICE.match(one)]):  # Hydra does not say which
@@ -176,7 +176,7 @@ def _group_keys(group: str) -> set[str]:
 
 
 def _type_error(error: Exception) -> ConfigError:
-    """Return OmegaConf's complaint about a root setting's type as an error of ours."""
+    """Turn OmegaConf's error about the type of a root setting into a `ConfigError`."""
     text = " ".join(str(error).split())
     if found := re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+) full_key: (\S+)", text):
         value, kind, wanted, key = found.groups()
@@ -257,7 +257,7 @@ def _check_node(path: str, node: Any, *, given: Collection[str], read: dict[str,
 
 
 def _taken_by(target: Any, key: str) -> str:
-    """Say which public functions beside `target` take a setting that it does not, such as another surrogate's clip."""
+    """Name the public functions of the target's module that do take this setting, such as another surrogate's clip."""
     beside = vars(sys.modules[target.__module__]).items()
     others = [
         name
@@ -269,7 +269,7 @@ def _taken_by(target: Any, key: str) -> str:
 
 
 def _is_node(hint: Any) -> bool:
-    """Whether what has this annotation is made from a node with a _target_: an object of ours, or a function."""
+    """Whether a value with this annotation is built from a node with a _target_: one of our classes, or a function."""
     is_ours = inspect.isclass(hint) and hint.__module__.startswith("rlft.")
     return hint is NODE or is_ours or typing.get_origin(hint) is collections.abc.Callable
 

@@ -123,12 +123,12 @@ class Algorithm(ABC):
     def minibatch(self, batch: Batch, update: int, *, before: dict[str, float]) -> Batch | None:
         """Return what optimizer step `update` on this batch trains on; None passes the step over.
 
-        `before` are the metrics of the update before on the same batch; empty at the first.
+        `before` holds the metrics of the last update on the same batch; it is empty at the first.
         """
         return batch
 
     def needed(self, batch: Batch) -> Batch:
-        """Return the rows that have a part in the loss's gradient; denominators stay those of the whole batch."""
+        """Return the rows that contribute to the gradient; the denominators stay those of the whole batch."""
         return batch
 
     def state_dict(self) -> dict:

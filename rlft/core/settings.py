@@ -1,7 +1,7 @@
 """The root settings of a run, and settings that a constructor takes together as one object.
 
 A new root setting is one line in `conf/train.yaml`, with its default and what it means, and one field here, with its
-type and range. Whatever is handed the run's settings can read it.
+type and range. Everything that has the run can read it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an online run is measured by beside its reward: the policy as a language model of held-out text."""
+"""What an evaluation of an online run measures beside the rewards: the loss of held-out text."""
 
 from __future__ import annotations
 
