@@ -103,7 +103,7 @@ def _check_keys(values: Any) -> None:
 
 
 def _check_plain(path: str, value: Any) -> None:
-    """Raise `ConfigError` for values that no setting can have, also in dicts and lists: nan, huge integers, NUL in a text."""
+    """Raise `ConfigError` for what no setting can be, also in dicts and lists: nan, huge integers, NUL in a text."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):

@@ -67,10 +67,11 @@ def from_run(
 
 
 def foreign_code(values: Any, *, trusted: Collection[str] = (), path: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield (key, code, module of the code) for each value that names code that is neither rlft's nor trusted.
+    """Yield (key, code, its module) for each value that names code that is neither rlft's nor trusted.
 
     rlft's own code is what the files under conf/ name as targets, and nothing else: a dotted path can reach through a
-    module into all that it imports (`rlft.models.gpt2.json.loads`), and a function of rlft's may call what it is handed.
+    module into all that it imports (`rlft.models.gpt2.json.loads`), and a function of rlft's may call what it is
+    handed.
     """
     if isinstance(values, dict) and "_target_" in values:
         for key, module in _foreign_keys(values, trusted):

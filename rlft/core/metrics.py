@@ -57,7 +57,7 @@ class Metrics:
     def _row(
         self, device: torch.device, *, summed: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
-        """Reduce all sums and counts at once, and all maxima: each waits for the device once, however many there are."""
+        """Reduce all sums and counts at once, and all maxima at once: two waits for the device in all."""
         row: dict[str, float] = {}
         if self._sums:
             pairs = [torch.stack([x.to(device) for x in values.values()]) for values in (self._sums, self._counts)]

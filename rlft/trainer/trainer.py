@@ -248,7 +248,7 @@ class Trainer:
         return grad_norm
 
     def _clip(self) -> Callable[..., Tensor]:
-        """Return the function that clips gradients. Accelerate's knows sharded gradients, and takes a second to import."""
+        """Return the function that clips gradients; accelerate's knows sharded ones, and takes a second to import."""
         is_alone = self.accelerator.num_processes == 1
         return torch.nn.utils.clip_grad_norm_ if is_alone else self.accelerator.clip_grad_norm_
 

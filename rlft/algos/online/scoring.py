@@ -35,7 +35,7 @@ class ReferenceScores:
         self.has_exact = is_exact_kl_logged(run) or (run.reference is not None and kl.is_exact)
 
     def values(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Return the batch's frozen tensors: old_logprobs [B, T], and those of a critic and a reference where there is one.
+        """Return the batch's frozen tensors: old_logprobs [B, T], and those of a critic and a reference, if any.
 
         old_values [B, T] are the critic's, ref_logprobs [B, T] and ref_hidden [B, T, C] the reference's.
         """
