@@ -23,7 +23,7 @@ from rlft.config import GIVEN, RootConfig
 from rlft.core.errors import ConfigError, RlftError
 from rlft.core.metrics import Clock
 from rlft.core.paths import conf_directory
-from rlft.data.kinds import check_kind
+from rlft.data.kinds import check_columns, check_kind
 from rlft.models.base import CausalLM
 from rlft.references.frozen import initial as initial_reference
 from rlft.references.frozen import none as no_reference
@@ -63,6 +63,8 @@ def build(config: RootConfig) -> Job:
     is_same_path = reference_path is not None and reference_path == config.model.get("path")
     algorithm_type: Any = make_algorithm.func
     check_kind(algorithm_type, get_method(config.data["_target_"]))
+    if isinstance(source := config.data.get("source"), dict) and "_target_" in source:
+        check_columns(config.data, get_method(source["_target_"]))
     algorithm_type.check(
         has_reference=make_reference is not no_reference,
         is_reference_initial=make_reference is initial_reference or is_same_path,

@@ -11,7 +11,6 @@ import collections.abc
 import inspect
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -186,6 +185,8 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         known = [field.name for field in fields(RootConfig)]
         if rest and root in known:
             hint, where = nearest(rest.rpartition(".")[2], _group_keys(root)), f"conf/{root}/ has what its files set"
+        elif (group := root.partition("/")[0]) in known and (conf_directory() / root).is_dir():
+            hint, where = "", f"it is chosen with {_choices_with(root)}"
         elif (conf_directory() / root).is_dir() and root not in known:
             hint, where = "", f"a file of conf/{root}/ is added by +{key}=NAME"
         elif (conf_directory() / "algo" / root).is_dir():
@@ -197,8 +198,33 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?)(?: Config search|$)", text
     ):
         group, name, options = found[1], found[2], found[3].split()
-        return ConfigError(f"{group}={name} does not exist{nearest(name, options)}; there are {', '.join(options)}")
+        return ConfigError(f"{group}={name} does not exist{_meant(group, name, options)}")
     return ConfigError(text)
+
+
+def _meant(group: str, name: str, options: list[str]) -> str:
+    """Say what a name that is no choice of a group may mean: a choice of one of its parts, or the nearest name."""
+    for file in sorted((conf_directory() / group).glob("*/*.yaml")):
+        part = f"{group}/{file.parent.name}"
+        if name == file.stem:
+            return f": {part}={name} does, and is chosen with {_choices_with(part)}"
+        for option in options:
+            if name in (f"{option}_{file.stem}", f"{file.stem}_{option}"):
+                return f" (did you mean '{group}={option} {part}={file.stem}'?)"
+    return f"{nearest(name, options)}; there are {', '.join(options)}"
+
+
+def _choices_with(part: str) -> str:
+    """Return the choices of a group whose defaults lists have a part, as an override: data=prompts, text, ..."""
+    group, _, key = part.partition("/")
+
+    def has_part(name: str) -> bool:
+        path = conf_directory() / group / f"{name}.yaml"
+        defaults = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", []) if path.is_file() else []
+        return any(key in one if isinstance(one, dict) else has_part(one) for one in defaults)
+
+    files = sorted((conf_directory() / group).glob("*.yaml"))
+    return f"{group}={', '.join(file.stem for file in files if has_part(file.stem))}"
 
 
 def _group_keys(group: str) -> set[str]:
@@ -282,7 +308,7 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
             if node.get("_partial_"):  # what has no default is a tensor, handed in at each call
                 settable = [n for n in settable if n in node or parameters[n].default is not inspect.Parameter.empty]
             raise ConfigError(
-                f"unknown setting '{path}.{key}'{nearest(key, settable)}{_taken_by(target, key)}; "
+                f"unknown setting '{path}.{key}'{nearest(key, settable)}{_taken_by(node['_target_'], key)}; "
                 f"allowed: {', '.join(settable) or 'none'}"
             )
         if key in hints:
@@ -298,16 +324,17 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
             _check_node(f"{path}.{key}", value, given=[], read={})
 
 
-def _taken_by(target: Any, key: str) -> str:
-    """Say which public functions beside `target` take a setting that it does not, such as another surrogate's clip."""
-    beside = vars(sys.modules[target.__module__]).items()
-    others = [
-        name
-        for name, other in beside
-        if inspect.isfunction(other) and other.__module__ == target.__module__ and not name.startswith("_")
-        and key in inspect.signature(other).parameters
-    ]  # fmt: skip
-    return f": {target.__name__} does not take it, {' and '.join(others)} would" if others else ""
+def _taken_by(target: str, key: str) -> str:
+    """Say which files beside that of `target` take a setting that it does not, such as another surrogate's clip."""
+    files = sorted(conf_directory().rglob("*.yaml"))
+    targets = {file: yaml.safe_load(file.read_text(encoding="utf-8")).get("_target_") for file in files}
+    group = next((file.parent for file in files if targets[file] == target), None)
+    beside = {file.stem: one for file, one in targets.items() if one and file.parent == group}
+    others = [name for name, one in beside.items() if key in inspect.signature(get_method(one)).parameters]
+    if group is None or not others:
+        return ""
+    choices = f"{group.relative_to(conf_directory()).as_posix()}={', '.join(others)}"
+    return f": {target.rpartition('.')[2]} does not take it, {choices} would"
 
 
 def _hints(target: Any) -> dict[str, Any]:
