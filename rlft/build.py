@@ -24,7 +24,7 @@ from rlft.core.errors import ConfigError, RlftError
 from rlft.core.metrics import Clock
 from rlft.core.paths import conf_directory
 from rlft.core.settings import RootSettings, field_names, gathered, parameters_of
-from rlft.data.kinds import check_kind
+from rlft.data.kinds import check_columns, check_kind
 from rlft.models.base import CausalLM
 from rlft.references.frozen import initial as initial_reference
 from rlft.references.frozen import none as no_reference
@@ -58,6 +58,8 @@ def build(config: RootConfig) -> Job:
     make_algorithm = _parts(config.algo)
     kind: Any = make_algorithm.func
     check_kind(kind, get_method(config.data["_target_"]))
+    if isinstance(source := config.data.get("source"), dict) and "_target_" in source:
+        check_columns(config.data, get_method(source["_target_"]))
     kind.check(_setup(config, world_size=accelerator.num_processes), **make_algorithm.keywords)
     tokenizer = _tokenizer(config.model)
     data = _instantiate(config.data, tokenizer=tokenizer)

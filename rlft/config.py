@@ -11,19 +11,18 @@ import collections.abc
 import inspect
 import math
 import re
-import sys
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlft import choices
 from rlft.core.errors import ConfigError, nearest
 from rlft.core.paths import conf_directory
 from rlft.core.ranges import Choice, Range
@@ -147,7 +146,11 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         known = [field.name for field in fields(RootConfig)]
         if rest and root in known:
             leaf, where = rest.rpartition(".")[2], f"conf/{root}/ has what its files set"
-            hint = f" (did you mean the root setting '{leaf}'?)" if leaf in known else nearest(leaf, _group_keys(root))
+            hint = (
+                f" (did you mean the root setting '{leaf}'?)" if leaf in known else nearest(leaf, choices.keys_of(root))
+            )
+        elif (group := root.partition("/")[0]) in known and (conf_directory() / root).is_dir():
+            hint, where = "", f"it is chosen with {choices.choosing(root)}"
         elif (conf_directory() / root).is_dir() and root not in known:
             hint, where = "", f"a file of conf/{root}/ is added by +{key}=NAME"
         elif (conf_directory() / "algo" / root).is_dir():
@@ -159,20 +162,8 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?)(?: Config search|$)", text
     ):
         group, name, options = found[1], found[2], found[3].split()
-        return ConfigError(f"{group}={name} does not exist{nearest(name, options)}; there are {', '.join(options)}")
+        return ConfigError(f"{group}={name} does not exist{choices.meant(group, name, options)}")
     return ConfigError(text)
-
-
-def _group_keys(group: str) -> set[str]:
-    """Return every key in the files of a group."""
-
-    def keys(node: Any) -> Iterator[str]:
-        for key, value in node.items() if isinstance(node, dict) else ():
-            yield str(key)
-            yield from keys(value)
-
-    files = (conf_directory() / group).rglob("*.yaml")
-    return {key for file in files for key in keys(yaml.safe_load(file.read_text(encoding="utf-8")))}
 
 
 def _type_error(error: Exception) -> ConfigError:
@@ -241,7 +232,7 @@ def _check_node(path: str, node: Any, *, given: Collection[str], read: dict[str,
             if node.get("_partial_"):  # what has no default is a tensor, handed in at each call
                 settable = [n for n in settable if n in node or n in has_default]
             raise ConfigError(
-                f"unknown setting '{path}.{key}'{nearest(key, settable)}{_taken_by(target, key)}; "
+                f"unknown setting '{path}.{key}'{nearest(key, settable)}{choices.taken_by(node['_target_'], key)}; "
                 f"allowed: {', '.join(settable) or 'none'}"
             )
         if key in hints:
@@ -254,18 +245,6 @@ def _check_node(path: str, node: Any, *, given: Collection[str], read: dict[str,
         is_open = value is None and type(None) in options
         if (any(map(_is_node, options)) and not is_open) or (isinstance(value, dict) and "_target_" in value):
             _check_node(f"{path}.{key}", value, given=(), read={})
-
-
-def _taken_by(target: Any, key: str) -> str:
-    """Name the public functions of the target's module that do take this setting, such as another surrogate's clip."""
-    beside = vars(sys.modules[target.__module__]).items()
-    others = [
-        name
-        for name, other in beside
-        if inspect.isfunction(other) and other.__module__ == target.__module__ and not name.startswith("_")
-        and key in inspect.signature(other).parameters
-    ]  # fmt: skip
-    return f": {target.__name__} does not take it, {' and '.join(others)} would" if others else ""
 
 
 def _is_node(hint: Any) -> bool:

@@ -24,7 +24,7 @@ class TextProbe:
     ) -> dict[str, float]:
         """Raises `ConfigError` for data that is no running text."""
         if not isinstance(data, Contexts):
-            raise ConfigError("algo/probe=text reads running text: take data=shakespeare_contexts or reviews_contexts")
+            raise ConfigError("algo/probe=text reads running text: take data=contexts")
         blocks = data.text.validation(max_blocks=self.max_blocks).to(device).split(EVAL_ROWS)
         loss = mean_loss(policy, map(text_rows, blocks))
         metrics = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
