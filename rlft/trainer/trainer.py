@@ -274,23 +274,17 @@ class Trainer:
         self.scorer.eval()
         with self.clock("eval"):
             evaluation = self.algorithm.evaluate()
-        name, mode = self.algorithm.objective
-        sign = 1.0 if mode == "max" else -1.0
         for metric, number in evaluation.metrics.items():
             if not math.isfinite(number):
                 raise NonFiniteError(f"{metric} is {number} in the evaluation at step {self.state.step}")
-        value = evaluation.metrics[name]
-        if self.state.best_value is None or sign * value > sign * self.state.best_value:
-            self.state.best_value, self.state.best_step, self.state.evals_since_best = value, self.state.step, 0
-        elif self.state.best_step != self.state.step:
-            self.state.evals_since_best += 1
+        name, mode = self.algorithm.objective
+        self.state.evaluated(evaluation.metrics, name=name, mode=mode)
         if evaluation.samples:
             self.progress.samples(f"Held-out samples, {title}", evaluation.samples[:NUM_SHOWN_SAMPLES])
         if evaluation.samples and not is_again:
             self.tracker.samples(self.state.step, evaluation.samples)
             for sample in evaluation.samples:
                 self.samples_file.write({"step": self.state.step, "split": "eval"} | sample)
-        self.state.after = evaluation.metrics
         return evaluation.metrics
 
     def _log(self, row: dict[str, float]) -> None:
