@@ -1,38 +1,37 @@
 """From the checked configuration to objects: the only file that instantiates.
 
-Order: what is cheap and can fail comes first (hardware, data), then weights, then the algorithm that wires them.
+What is cheap and can fail comes first (hardware, the algorithm's check, data), then weights, then the algorithm.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 
-from rlft.algos.base import Algorithm
-from rlft.config import GIVEN, RootConfig
+from rlft.algos.base import Algorithm, Run, Setup
+from rlft.config import RootConfig
 from rlft.core.errors import ConfigError, RlftError
 from rlft.core.metrics import Clock
 from rlft.core.paths import conf_directory
-from rlft.data.kinds import check_kind
+from rlft.core.settings import RootSettings, field_names, gathered, parameters_of
+from rlft.data.kinds import check_columns, check_kind
 from rlft.models.base import CausalLM
 from rlft.references.frozen import initial as initial_reference
 from rlft.references.frozen import none as no_reference
 from rlft.rewards.compose import RewardSum
-from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer
 from rlft.tracking.progress import Progress
 from rlft.tracking.trackers import Tracker
-from rlft.trainer.settings import TrainSettings
 from rlft.trainer.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -45,12 +44,10 @@ CONF = conf_directory()
 class Job:
     """Everything that a run needs, wired."""
 
-    accelerator: Accelerator
-    policy: CausalLM
-    tokenizer: Tokenizer
+    run: Run
     algorithm: Algorithm
+    accelerator: Accelerator
     tracker: Tracker
-    clock: Clock
 
 
 def build(config: RootConfig) -> Job:
@@ -59,41 +56,49 @@ def build(config: RootConfig) -> Job:
     torch.manual_seed(config.seed)
     tracker = _instantiate(config.tracker)
     make_algorithm = _parts(config.algo)
-    make_reference, reference_path = get_method(config.reference["_target_"]), config.reference.get("path")
-    is_same_path = reference_path is not None and reference_path == config.model.get("path")
-    algorithm_type: Any = make_algorithm.func
-    check_kind(algorithm_type, get_method(config.data["_target_"]))
-    algorithm_type.check(
-        has_reference=make_reference is not no_reference,
-        is_reference_initial=make_reference is initial_reference or is_same_path,
-        world_size=accelerator.num_processes, **make_algorithm.keywords,
-    )  # fmt: skip
+    kind: Any = make_algorithm.func
+    check_kind(kind, get_method(config.data["_target_"]))
+    if isinstance(source := config.data.get("source"), dict) and "_target_" in source:
+        check_columns(config.data, get_method(source["_target_"]))
+    kind.check(_setup(config, world_size=accelerator.num_processes), **make_algorithm.keywords)
     tokenizer = _tokenizer(config.model)
     data = _instantiate(config.data, tokenizer=tokenizer)
-    wanted = inspect.signature(make_algorithm.func).parameters
-    rewards = _rewards(config.reward) if "rewards" in wanted else None
+    rewards = _rewards(config.reward) if kind.uses_rewards else None
     clock = Clock(accelerator.device)
     policy = _policy(config.model, tokenizer).to(accelerator.device)
-    available: dict[str, Any] = {
-        "policy": policy,
-        "data": data,
-        "tokenizer": tokenizer,
-        "sampling": Sampling(
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, max_rows=config.rollout_rows
-        ),
-        "seed": config.seed,
-        "device": accelerator.device,
-        "autocast": accelerator.autocast,
-        "is_float32": accelerator.mixed_precision == "no" and not torch.backends.cuda.matmul.allow_tf32,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "clock": clock,
-        "rewards": rewards,
-    }
-    if "reference" in wanted:
-        available["reference"] = _wired(config.reference, {name: available[name] for name in GIVEN["reference"]})
-    algorithm = make_algorithm(**{name: value for name, value in available.items() if name in wanted})
-    return Job(accelerator, policy, tokenizer, algorithm, tracker, clock)
+    reference = None
+    if kind.uses_reference:
+        reference = _reference(config.reference, policy=policy, data=data, tokenizer=tokenizer)
+    run = Run(
+        settings=config,
+        policy=policy,
+        tokenizer=tokenizer,
+        data=data,
+        reference=reference,
+        rewards=rewards,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+        is_float32=accelerator.mixed_precision == "no" and not torch.backends.cuda.matmul.allow_tf32,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        clock=clock,
+    )
+    return Job(run, make_algorithm(run), accelerator, tracker)
+
+
+def _setup(config: RootConfig, *, world_size: int) -> Setup:
+    """Return what is known of a run before anything is loaded."""
+    make, path = get_method(config.reference["_target_"]), config.reference.get("path")
+    is_same_path = path is not None and path == config.model.get("path")
+    is_initial = make is initial_reference or is_same_path
+    return Setup(config, has_reference=make is not no_reference, is_reference_initial=is_initial, world_size=world_size)
+
+
+def root_settings(**changes: Any) -> RootSettings:
+    """Return the root settings that conf/train.yaml holds, with changes; for a run that is put together in Python."""
+    values = yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))
+    defaults: dict[str, Any] = {name: values[name] for name in field_names()}
+    return RootSettings(**(defaults | {"name": "run", "seed": 0, "betas": tuple(defaults["betas"])} | changes))
 
 
 def algorithm_node(name: str, overrides: Sequence[str] = (), **sizes: Any) -> dict[str, Any]:
@@ -114,22 +119,28 @@ def algorithm_node(name: str, overrides: Sequence[str] = (), **sizes: Any) -> di
     return values["algo"]
 
 
-def algorithm(node: dict[str, Any], **objects: Any) -> Any:
-    """Return the algorithm of a composed node, wired with the run's objects (`GIVEN["algo"]` in rlft/config.py)."""
-    return _instantiate(node, **objects)
+def algorithm(node: dict[str, Any], run: Run, **parts: Any) -> Any:
+    """Return the algorithm of a composed node for a run; `parts` replace parts that the node names.
+
+    Raises `ConfigError` for what does not go together, as `build` does.
+    """
+    make = _parts(node, **parts)
+    setup = Setup(run.settings, has_reference=run.reference is not None, world_size=run.world_size)
+    kind: Any = make.func
+    kind.check(setup, **make.keywords)
+    return make(run)
 
 
-def trainer(job: Job, config: RootConfig, *, run_dir: Path, progress: Progress) -> Trainer:
+def trainer(job: Job, *, run_dir: Path, progress: Progress) -> Trainer:
     """Return the trainer of a built job; moves nothing and loads nothing."""
     return Trainer(
-        job.policy, job.algorithm, settings=train_settings(config), accelerator=job.accelerator, run_dir=run_dir,
-        tracker=job.tracker, progress=progress, clock=job.clock,
-    )  # fmt: skip
-
-
-def train_settings(config: RootConfig) -> TrainSettings:
-    """Return those of the root settings that the loop reads."""
-    return TrainSettings(**{field.name: getattr(config, field.name) for field in fields(TrainSettings)})
+        job.run,
+        job.algorithm,
+        accelerator=job.accelerator,
+        run_dir=run_dir,
+        tracker=job.tracker,
+        progress=progress,
+    )
 
 
 def policy(node: dict[str, Any]) -> tuple[CausalLM, Tokenizer]:
@@ -162,23 +173,27 @@ def _rewards(node: dict[str, dict]) -> RewardSum:
     )
 
 
-def _wired(node: dict, available: dict[str, Any]) -> Any:
-    """Instantiate a node with those of the available objects that its callable names."""
-    wanted = inspect.signature(get_method(node["_target_"])).parameters
-    return _instantiate(node, **{name: value for name, value in available.items() if name in wanted})
+def _reference(node: dict, **available: Any) -> CausalLM | None:
+    """Return the reference, made from those of the available objects that its function names.
+
+    rlft/config.py has already refused a function that asks for anything else.
+    """
+    names = parameters_of(get_method(node["_target_"]))
+    return _instantiate(node, **{name: value for name, value in available.items() if name in names})
 
 
 def _instantiate(node: dict, **given: Any) -> Any:
     return _parts(node)(**given)
 
 
-def _parts(node: dict) -> functools.partial:
-    """Return a node's callable with its settings and built parts; an error of ours under Hydra's is raised as itself.
+def _parts(node: dict, **replaced: Any) -> functools.partial:
+    """Return a node's callable with its settings and nested parts; an `RlftError` that Hydra wrapped is raised itself.
 
-    What the run gives is passed at the call: Hydra would try to make configuration nodes of it.
+    What the run gives is passed at the call: Hydra would try to turn it into configuration nodes.
     """
     try:
-        return instantiate(node | {"_partial_": True}, _convert_="all")
+        made = instantiate(node | {"_partial_": True}, _convert_="all")
+        return functools.partial(made.func, **gathered(made.func, made.keywords | replaced))
     except InstantiationException as error:
         cause: BaseException | None = error
         while cause is not None:

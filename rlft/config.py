@@ -1,4 +1,4 @@
-"""The configuration's schema, and its check after composition: nothing unknown or mistyped gets past it.
+"""The check of the whole configuration after composition: nothing unknown or mistyped gets past it.
 
 Hydra refuses an unknown key on the command line but adds one that stands in an experiment file, and `_partial_` hides a
 wrong argument until the call. So the composed configuration is checked as a whole: root keys and types against
@@ -11,59 +11,22 @@ import collections.abc
 import inspect
 import math
 import re
-import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlft import choices
 from rlft.core.errors import ConfigError, nearest
 from rlft.core.paths import conf_directory
-from rlft.core.ranges import Count, CountOrZero, NonNegative, Positive, Range, Size
-from rlft.trainer.schedule import SCHEDULES
-
-
-@dataclass(frozen=True)
-class RootSettings:
-    """The root settings; `conf/train.yaml` says what each means and holds its default."""
-
-    name: str
-    seed: CountOrZero
-    run_dir: str | None
-    resume: bool
-    dry_run: bool
-    trusted_modules: tuple[str, ...]
-    steps: CountOrZero
-    max_minutes: Positive | None
-    max_tokens: Count | None
-    patience: Count | None
-    prompts_per_step: Size
-    group_size: Size
-    micro_batch: Size | None
-    micro_batch_tokens: Size | None
-    rollout_rows: Size | None
-    max_new_tokens: Size
-    temperature: Positive
-    learning_rate: Positive
-    warmup_steps: CountOrZero
-    schedule: str
-    final_learning_rate_fraction: NonNegative
-    max_grad_norm: Positive
-    weight_decay: NonNegative
-    betas: tuple[float, float]
-    eval_every: CountOrZero
-    eval_prompts: Size
-    save_every: CountOrZero
-    keep: Count
-    log_every: Count
-    profile: bool
+from rlft.core.ranges import Choice, Range
+from rlft.core.settings import RootSettings, parameters_of
 
 
 @dataclass(frozen=True)
@@ -79,24 +42,21 @@ class RootConfig(RootSettings):
     tracker: dict
 
 
-# What rlft/build.py hands to each group's callable; a setting of that name would be overwritten, and is refused.
-GIVEN = {
-    "model": [],
-    "reference": ["policy", "data", "tokenizer"],
-    "algo": [
-        "policy", "reference", "rewards", "data", "tokenizer", "sampling", "seed",
-        "device", "autocast", "is_float32", "rank", "world_size", "clock",
-    ],
-    "reward": [],
-    "data": ["tokenizer"],
-    "hardware": [],
-    "tracker": [],
-}  # fmt: skip
-NODE = object()  # stands for the type of what is made from a node with a _target_: an object of ours, or a function
+# The groups, and what rlft/build.py hands to each one's callable: no setting may have that name.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "reference": ("policy", "data", "tokenizer"),
+    "algo": ("run",),
+    "reward": (),
+    "data": ("tokenizer",),
+    "hardware": (),
+    "tracker": (),
+}
+NODE = object()  # the hint of a value that is built from a node with a _target_
 # What rlft/build.py itself reads of a group's YAML, and its type.
 READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
-_NO_CHOICE = re.compile(rf"\+*({'|'.join(GIVEN)}|experiment|hydra|[\w/]+/\w+|)=(-?[\d.]+|null|true|false|\[.*\])$")
+_NO_CHOICE = re.compile(rf"\+*({'|'.join(GROUPS)}|experiment|hydra|[\w/]+/\w+|)=(-?[\d.]+|null|true|false|\[.*\])$")
 LARGEST = 2**63 - 1  # a whole number in a tensor, or a key of a random draw
 
 
@@ -111,10 +71,10 @@ def checked(config: DictConfig) -> RootConfig:
 
 
 def checked_values(values: dict[str, Any]) -> RootConfig:
-    """Return plain values, wherever they come from, as a configuration; raises as `checked` does. Imports targets."""
+    """Check plain values as a configuration, and import the targets that they name; raises as `checked` does."""
     _check_keys(values)
     _check_plain("", values)
-    root = {key: value for key, value in values.items() if key not in GIVEN}
+    root = {key: value for key, value in values.items() if key not in GROUPS}
     for field in fields(RootSettings):
         if field.type == "bool" and field.name in root:  # OmegaConf takes any number for a bool
             _check_type(field.name, root[field.name], bool)
@@ -125,7 +85,7 @@ def checked_values(values: dict[str, Any]) -> RootConfig:
         raise _type_error(error) from error
     _check_plain("", typed)  # "nan" has become a number
     _check_root(typed)
-    groups: dict[str, Any] = {group: {} if values.get(group) is None else values[group] for group in GIVEN}
+    groups: dict[str, Any] = {group: {} if values.get(group) is None else values[group] for group in GROUPS}
     for group, node in groups.items():
         _check_group(group, node)
     return RootConfig(**(typed | groups | {key: tuple(typed[key]) for key in ("betas", "trusted_modules")}))
@@ -142,7 +102,7 @@ def _check_keys(values: Any) -> None:
 
 
 def _check_plain(path: str, value: Any) -> None:
-    """Raise `ConfigError` for what no setting can be, in dicts and lists too: nan, 30 digits, NUL in a text."""
+    """Raise `ConfigError` for what no setting can be, also in dicts and lists: nan, huge integers, NUL in a text."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -173,7 +133,7 @@ def missing_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> ConfigError:
-    """Return Hydra's complaint about one of the overrides as an error of ours, with the nearest name that there is."""
+    """Turn Hydra's error about an override into a `ConfigError` that names the nearest valid name."""
     text = " ".join(str(error).split())
     is_foreign = not isinstance(error, (HydraException, OmegaConfBaseException))
     if is_foreign and (groups := [one for one in overrides if _NO_CHOICE.match(one)]):  # Hydra does not say which
@@ -185,7 +145,12 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         root, _, rest = key.partition(".")
         known = [field.name for field in fields(RootConfig)]
         if rest and root in known:
-            hint, where = nearest(rest.rpartition(".")[2], _group_keys(root)), f"conf/{root}/ has what its files set"
+            leaf, where = rest.rpartition(".")[2], f"conf/{root}/ has what its files set"
+            hint = (
+                f" (did you mean the root setting '{leaf}'?)" if leaf in known else nearest(leaf, choices.keys_of(root))
+            )
+        elif (group := root.partition("/")[0]) in known and (conf_directory() / root).is_dir():
+            hint, where = "", f"it is chosen with {choices.choosing(root)}"
         elif (conf_directory() / root).is_dir() and root not in known:
             hint, where = "", f"a file of conf/{root}/ is added by +{key}=NAME"
         elif (conf_directory() / "algo" / root).is_dir():
@@ -197,24 +162,12 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?)(?: Config search|$)", text
     ):
         group, name, options = found[1], found[2], found[3].split()
-        return ConfigError(f"{group}={name} does not exist{nearest(name, options)}; there are {', '.join(options)}")
+        return ConfigError(f"{group}={name} does not exist{choices.meant(group, name, options)}")
     return ConfigError(text)
 
 
-def _group_keys(group: str) -> set[str]:
-    """Return every key in the files of a group."""
-
-    def keys(node: Any) -> Iterator[str]:
-        for key, value in node.items() if isinstance(node, dict) else ():
-            yield str(key)
-            yield from keys(value)
-
-    files = (conf_directory() / group).rglob("*.yaml")
-    return {key for file in files for key in keys(yaml.safe_load(file.read_text(encoding="utf-8")))}
-
-
 def _type_error(error: Exception) -> ConfigError:
-    """Return OmegaConf's complaint about a root setting's type as an error of ours."""
+    """Turn OmegaConf's error about the type of a root setting into a `ConfigError`."""
     text = " ".join(str(error).split())
     if found := re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+) full_key: (\S+)", text):
         value, kind, wanted, key = found.groups()
@@ -232,10 +185,6 @@ def _check_root(root: dict[str, Any]) -> None:
         raise ConfigError(f"patience={root['patience']} counts evaluations, and eval_every=0 has none: set eval_every")
     if root["steps"] and root["warmup_steps"] >= root["steps"]:
         raise ConfigError(f"warmup_steps={root['warmup_steps']} must be below steps={root['steps']}")
-    if root["schedule"] not in SCHEDULES:
-        raise ConfigError(
-            f"schedule={root['schedule']} is not one of {', '.join(SCHEDULES)}{nearest(root['schedule'], SCHEDULES)}"
-        )
     if len(root["betas"]) != 2 or not all(0 <= beta < 1 for beta in root["betas"]):
         raise ConfigError(f"betas={root['betas']} must be two numbers in [0, 1)")
 
@@ -245,12 +194,12 @@ def _check_group(group: str, node: dict[str, Any]) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"reward={node!r} is not a group choice; see the files under conf/reward/")
         for name, reward in node.items():
-            _check_node(f"reward.{name}", reward, given=GIVEN[group], read=READ_BY_BUILD[group])
+            _check_node(f"reward.{name}", reward, given=GROUPS[group], read=READ_BY_BUILD[group])
     else:
-        _check_node(group, node, given=GIVEN[group], read=READ_BY_BUILD.get(group, {}))
+        _check_node(group, node, given=GROUPS[group], read=READ_BY_BUILD.get(group, {}))
 
 
-def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any]) -> None:
+def _check_node(path: str, node: Any, *, given: Collection[str], read: dict[str, Any]) -> None:
     """Check a `_target_` node's keys against its callable's signature, then the nodes inside it."""
     if not isinstance(node, dict):
         raise ConfigError(
@@ -265,13 +214,14 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
         _check_type(f"{path}.{key}", node.get(key, False), bool)
     try:
         target = get_method(node["_target_"])
-        parameters = inspect.signature(target).parameters
+        parameters = parameters_of(target)
     except Exception as error:  # hydra wraps import errors of every kind
         why = " ".join(str(error).split())  # one line: the last of stderr names the key
         raise ConfigError(f"{path}._target_={node['_target_']} cannot be used: {why}") from error
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    hints = _hints(target) | read
+    takes_any = any(p.kind is p.VAR_KEYWORD for p, _ in parameters.values())
+    named = [name for name, (p, _) in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    has_default = {name for name, (p, _) in parameters.items() if p.default is not p.empty}
+    hints = {name: hint for name, (_, hint) in parameters.items()} | read
     for key, value in node.items():
         if key in _HYDRA_KEYS:
             continue
@@ -280,46 +230,25 @@ def _check_node(path: str, node: Any, *, given: list[str], read: dict[str, Any])
         if key not in named and key not in read and not takes_any:
             settable = [name for name in [*named, *read] if name not in given and name != "self"]
             if node.get("_partial_"):  # what has no default is a tensor, handed in at each call
-                settable = [n for n in settable if n in node or parameters[n].default is not inspect.Parameter.empty]
+                settable = [n for n in settable if n in node or n in has_default]
             raise ConfigError(
-                f"unknown setting '{path}.{key}'{nearest(key, settable)}{_taken_by(target, key)}; "
+                f"unknown setting '{path}.{key}'{nearest(key, settable)}{choices.taken_by(node['_target_'], key)}; "
                 f"allowed: {', '.join(settable) or 'none'}"
             )
         if key in hints:
             _check_type(f"{path}.{key}", value, hints[key])
-    required = [name for name in named if parameters.get(name) and parameters[name].default is inspect.Parameter.empty]
-    missing = [name for name in required if name not in node and name not in given]
+    missing = [name for name in named if name not in has_default and name not in node and name not in given]
     if missing and not node.get("_partial_"):
         raise ConfigError(f"{path}.{missing[0]} is not set, and has no default")
     for key, value in node.items():
         options = _options(hints.get(key))
         is_open = value is None and type(None) in options
         if (any(map(_is_node, options)) and not is_open) or (isinstance(value, dict) and "_target_" in value):
-            _check_node(f"{path}.{key}", value, given=[], read={})
-
-
-def _taken_by(target: Any, key: str) -> str:
-    """Say which public functions beside `target` take a setting that it does not, such as another surrogate's clip."""
-    beside = vars(sys.modules[target.__module__]).items()
-    others = [
-        name
-        for name, other in beside
-        if inspect.isfunction(other) and other.__module__ == target.__module__ and not name.startswith("_")
-        and key in inspect.signature(other).parameters
-    ]  # fmt: skip
-    return f": {target.__name__} does not take it, {' and '.join(others)} would" if others else ""
-
-
-def _hints(target: Any) -> dict[str, Any]:
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        return typing.get_type_hints(function, include_extras=True)
-    except NameError:  # annotations that exist for the type checker only
-        return {}
+            _check_node(f"{path}.{key}", value, given=(), read={})
 
 
 def _is_node(hint: Any) -> bool:
-    """Whether what has this annotation is made from a node with a _target_: an object of ours, or a function."""
+    """Whether a value with this annotation is built from a node with a _target_: one of our classes, or a function."""
     is_ours = inspect.isclass(hint) and hint.__module__.startswith("rlft.")
     return hint is NODE or is_ours or typing.get_origin(hint) is collections.abc.Callable
 
@@ -330,7 +259,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _check_type(path: str, value: Any, hint: Any) -> None:
-    """Check values of plain types (str, int, float, bool, None, unions of them, and ranges of numbers) only."""
+    """Check values of plain types (str, int, float, bool, None, unions of them, ranges of numbers and choices) only."""
     ranges = [extra for option in _options(hint) for extra in getattr(option, "__metadata__", ())]
     options = [getattr(option, "__origin__", option) if ranges else option for option in _options(hint)]
     if not set(options) <= {str, int, float, bool, type(None)}:
@@ -341,5 +270,5 @@ def _check_type(path: str, value: Any, hint: Any) -> None:
         names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
         raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {names} is allowed")
     for limits in ranges:
-        if isinstance(limits, Range) and value is not None and (refusal := limits.refusal(value)):
+        if isinstance(limits, Range | Choice) and value is not None and (refusal := limits.refusal(value)):
             raise ConfigError(f"{path}={value} must be {refusal}")

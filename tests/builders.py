@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from rlft import build
+from rlft.algos.base import Algorithm, Run
 from rlft.algos.offline.sft import SFT
 from rlft.algos.online.policy_gradient import PolicyGradient
 from rlft.core.metrics import Clock
@@ -22,9 +22,7 @@ from rlft.data.prompts import Prompt
 from rlft.models.base import CausalLM
 from rlft.models.gpt2 import GPT2
 from rlft.rewards.compose import RewardSum
-from rlft.rollout.sampling import Sampling
 from rlft.text.characters import characters
-from rlft.trainer.settings import TrainSettings
 from rlft.trainer.trainer import Trainer
 from rlft.verify.tasks import ExactRewards
 
@@ -94,42 +92,46 @@ def reward_sum(function: Callable[..., Any], *, cls: type[RewardSum] = RewardSum
 algorithm_node = functools.cache(build.algorithm_node)
 
 
+def run_of(
+    policy: CausalLM,
+    data: Any,
+    *,
+    reference: CausalLM | None = None,
+    rewards: RewardSum | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    is_float32: bool = True,
+    **settings: Any,
+) -> Run:
+    """What a run hands to everyone, on the CPU; small sizes, no limit on a forward, and the root settings given."""
+    sizes = {
+        "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 5, "eval_prompts": 4, "micro_batch": None,
+        "micro_batch_tokens": None,
+    }  # fmt: skip
+    return Run(
+        build.root_settings(**(sizes | settings)), policy, TOKENIZER, data, reference, rewards, device=CPU, rank=rank,
+        world_size=world_size, is_float32=is_float32,
+    )  # fmt: skip
+
+
 def policy_gradient(
     name: str,
     *overrides: str,
     policy: CausalLM,
-    reference: CausalLM | None = None,
     rewards: RewardSum | None = None,
     prompts: Sequence[str] = ("abc", "d", "efghi", "jk"),
-    temperature: float = 1.0,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
     data: Any = None,
     parts: dict[str, Any] | None = None,
-    **sizes: Any,
+    **given: Any,
 ) -> PolicyGradient:
     """Build an algorithm from its YAML; `data` stands in for the prompts, and `parts` replaces built parts."""
-    defaults = {
-        "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 5, "eval_prompts": 4, "micro_batch": None,
-        "micro_batch_tokens": None,
-    }  # fmt: skip
-    sizes = defaults | sizes
-    max_rows = sizes.pop("max_rows", None)
-    return build.algorithm(
-        algorithm_node(name, overrides, **sizes),
-        policy=policy, reference=reference, rewards=rewards or reward_sum(share_of_a),
-        data=data or FixedPrompts(prompts), tokenizer=TOKENIZER,
-        sampling=Sampling(sizes["max_new_tokens"], temperature, max_rows=max_rows), seed=seed, device=CPU,
-        autocast=nullcontext, is_float32=True, rank=rank, world_size=world_size, clock=Clock(), **(parts or {}),
-    )  # fmt: skip
+    run = run_of(policy, data or FixedPrompts(prompts), rewards=rewards or reward_sum(share_of_a), **given)
+    node = algorithm_node(name, overrides, max_new_tokens=run.settings.max_new_tokens)
+    return build.algorithm(node, run, **(parts or {}))
 
 
-def sft(policy: CausalLM, data: FixedText, *, rows_per_step: int = 4, seed: int = 0) -> SFT:
-    return SFT(
-        policy=policy, tokenizer=TOKENIZER, data=data, sampling=Sampling(4), rows_per_step=rows_per_step,
-        eval_blocks=None, seed=seed, device=CPU,
-    )  # fmt: skip
+def sft(policy: CausalLM, data: FixedText, *, rows_per_step: int = 4, **given: Any) -> SFT:
+    return SFT(run_of(policy, data, **({"max_new_tokens": 4} | given)), rows_per_step=rows_per_step, eval_blocks=None)
 
 
 class Silent:
@@ -157,16 +159,12 @@ def trainer(policy: CausalLM, algorithm: Any, run_dir: Path, **changes: Any) -> 
     """A trainer on the CPU with small settings; `trainer.tracker` and `trainer.progress` are one `Silent`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     defaults: dict[str, Any] = {
-        "seed": 0, "steps": 4, "max_minutes": None, "max_tokens": None, "micro_batch": None,
-        "micro_batch_tokens": None, "learning_rate": 1e-2, "final_learning_rate_fraction": 0.0, "warmup_steps": 0,
-        "schedule": "constant", "max_grad_norm": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.99), "eval_every": 0,
-        "patience": None, "save_every": 0, "keep": 2, "log_every": 1, "profile": False,
+        "seed": 0, "steps": 4, "micro_batch": None, "learning_rate": 1e-2, "save_every": 0, "keep": 2,
     }  # fmt: skip
     silent: Any = Silent()
-    return Trainer(
-        policy, algorithm, settings=TrainSettings(**(defaults | changes)), accelerator=Accelerator(cpu=True),
-        run_dir=run_dir, tracker=silent, progress=silent, clock=getattr(algorithm, "clock", Clock()),
-    )  # fmt: skip
+    clock = algorithm.run.clock if isinstance(algorithm, Algorithm) else Clock()
+    run = Run(build.root_settings(**(defaults | changes)), policy, TOKENIZER, data=None, clock=clock)
+    return Trainer(run, algorithm, accelerator=Accelerator(cpu=True), run_dir=run_dir, tracker=silent, progress=silent)
 
 
 def rows_of(path: Path, *, times: bool = False) -> list[dict]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlft.config import GIVEN, RootConfig
+from rlft.config import GROUPS, RootConfig
 from rlft.core.errors import ConfigError, RunDirectoryError
 from rlft.saved_config import from_run, read_config
 from tests.test_config import config
@@ -62,7 +62,7 @@ def from_values(values: dict[str, Any], *trusted: str, **given: Any) -> RootConf
 
 @pytest.mark.parametrize(
     "place",
-    [*(f"{group}._target_" for group in GIVEN if group != "reward"), "reward.sentiment._target_",
+    [*(f"{group}._target_" for group in GROUPS if group != "reward"), "reward.sentiment._target_",
      "reward.other._target_", "algo.surrogate._target_", "algo.kl.controller._target_", "data.source._target_",
      "model.tokenizer._target_", "algo.kl.deep.er._target_", "data.source.path._target_"],
 )  # fmt: skip

@@ -9,30 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.algos.online.parts import call, function_of, parameters
+from rlft.algos.parts import Part, composed, function_of
 from rlft.core.errors import ConfigError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 
 ROWS_PER_PAIR = 2
+TENSORS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths")
 
 
 class PairLoss:
-    """A function of `rlft.functional.preference` on pairs, called with those of the tensors that it names.
+    """A function of `rlft.functional.preference` on pairs, called with those of `TENSORS` that it names, and `beta`.
 
-    They are chosen, rejected (summed logprobs), chosen_lengths, rejected_lengths (tokens), ref_chosen, ref_rejected,
-    all [P], and `beta`. A function that names ref_chosen needs a reference.
+    chosen and rejected are logprobs summed over each completion, ref_chosen and ref_rejected the reference's, lengths
+    count tokens; all are [P]. A function that names ref_chosen needs a reference.
     """
 
     def __init__(self, function: Callable[..., Tensor], *, beta: float) -> None:
-        self.function, self.beta = function, beta
-        self.needs_reference = "ref_chosen" in parameters(function)
+        self.part, self.beta = _part(function), beta
+        self.needs_reference = "ref_chosen" in self.part.names
 
     def __call__(
         self,
         logprobs: Tensor,
         lengths: Tensor,
         ref_logprobs: Tensor | None,
-        means: Means,
+        metrics: Metrics,
         *,
         prefix: str = "",
         is_counted: Tensor | None = None,
@@ -47,12 +48,8 @@ class PairLoss:
             is_counted: [P] bool, the pairs that the metrics are of; None: all.
         """
         chosen, rejected = logprobs[0::2], logprobs[1::2]
-        available = {
-            "chosen": chosen, "rejected": rejected, "chosen_lengths": lengths[0::2], "rejected_lengths": lengths[1::2],
-            "beta": self.beta,
-        }  # fmt: skip
-        if ref_logprobs is not None:
-            available |= {"ref_chosen": ref_logprobs[0::2], "ref_rejected": ref_logprobs[1::2]}
+        of_reference = (None, None) if ref_logprobs is None else (ref_logprobs[0::2], ref_logprobs[1::2])
+        tensors = dict(zip(TENSORS, (chosen, rejected, *of_reference, lengths[0::2], lengths[1::2]), strict=True))
         baseline = ref_logprobs if self.needs_reference else None
         scores = logprobs / lengths if baseline is None else logprobs - baseline
         rewards = (self.beta * scores.detach())[0::2], (self.beta * scores.detach())[1::2]
@@ -65,8 +62,8 @@ class PairLoss:
             ("logps/chosen", chosen),
             ("logps/rejected", rejected),
         ):
-            means.add(f"{prefix}{name}", values, is_counted)
-        return call(self.function, **available)
+            metrics.add(f"{prefix}{name}", values, is_counted)
+        return self.part(**tensors, beta=self.beta)
 
 
 def wins(margins: Tensor) -> Tensor:
@@ -77,23 +74,26 @@ def wins(margins: Tensor) -> Tensor:
 def check_pair_loss(function: Callable[..., Any], *, beta: float, has_reference: bool) -> None:
     """Raise `ConfigError` for what is no loss on pairs, for a second beta, and for a reference that is missing."""
     name = function_of(function).__name__
-    if not {"chosen", "rejected", "beta"} <= parameters(function):
+    if isinstance(function, functools.partial) and "beta" in function.keywords:
+        raise ConfigError("algo.loss.beta is set by algo.beta, which the logged rewards are scaled by as well")
+    part = _part(function)
+    if not {"chosen", "rejected", "beta"} <= part.names:
         raise ConfigError(
             f"algo.loss={name} is no loss on pairs: it must take chosen, rejected and beta, as "
             f"rlft.functional.preference.dpo does"
         )
-    if isinstance(function, functools.partial) and "beta" in function.keywords:
-        raise ConfigError("algo.loss.beta is set by algo.beta, which the logged rewards are scaled by as well")
     if not beta > 0:
         raise ConfigError(f"algo.beta={beta} must be above 0")
-    if "ref_chosen" in parameters(function) and not has_reference:
+    if "ref_chosen" in part.names and not has_reference:
         raise ConfigError(
             f"algo.loss={name} compares the policy with a reference: set reference=initial, or take algo=simpo or "
             f"algo=orpo, which need none"
         )
-    ones = torch.ones(1)  # called once, so that a setting outside its range is refused here and not at the first batch
-    names = ("chosen", "rejected", "chosen_lengths", "rejected_lengths", "ref_chosen", "ref_rejected")
-    try:
-        call(function, beta=beta, **dict.fromkeys(names, ones))
+    try:  # called once, so that a setting outside its range is refused here and not at the first batch
+        part(**dict.fromkeys(TENSORS, torch.ones(1)), beta=beta)
     except ValueError as error:
         raise ConfigError(f"algo.loss: {error}") from error
+
+
+def _part(function: Callable[..., Any]) -> Part:
+    return composed(function, where="algo.loss", tensors=TENSORS, from_run=("beta",))

@@ -77,11 +77,11 @@ def run(arguments: list[str]) -> int:
 
 def _is_setting(word: str) -> bool:
     """Tell SETTING=VALUE from a path, which may hold an equals sign too."""
-    from rlft.config import GIVEN
+    from rlft.config import GROUPS
 
     key = word.partition("=")[0].lstrip("+~")
     is_name = all(part.replace("_", "").isalnum() for part in key.replace("/", ".").split("."))
-    return "=" in word and is_name and ("/" not in key or key.partition("/")[0] in GIVEN) and not Path(word).exists()
+    return "=" in word and is_name and ("/" not in key or key.partition("/")[0] in GROUPS) and not Path(word).exists()
 
 
 def _evaluate(policy: NamedPolicy, base: RootConfig) -> dict[str, Any]:
@@ -91,12 +91,12 @@ def _evaluate(policy: NamedPolicy, base: RootConfig) -> dict[str, Any]:
     job = build.build(policy.settings(base))
     if policy.run is not None:  # the job has the policy as it was before training, for the reference
         trained, _ = policy.load()
-        job.policy.load_state_dict(trained.state_dict())
+        job.run.policy.load_state_dict(trained.state_dict())
         if job.algorithm.head is not None:
             job.algorithm.head.load_state_dict(policy.head())
     if not job.algorithm.is_evaluated:
         raise ConfigError(f"the data of {policy.name} holds nothing out: give data.source.validation=0.1")
-    job.policy.eval()
+    job.run.policy.eval()
     evaluation = job.algorithm.evaluate()
     rewards = [row["reward"] for row in evaluation.samples if row.get("reward") is not None]
     return {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,13 @@ class Batch:
 
     rows: Rows
     values: dict[str, Tensor] = field(default_factory=dict)
-    means: Means = field(default_factory=Means)
+    metrics: Metrics = field(default_factory=Metrics)
     samples: list[dict] = field(default_factory=list)
     rows_per_unit: int = 1
-    num_read: int | None = None  # tokens read, where a loss counts places of its own and not completion tokens
+    num_read: int | None = None  # tokens read, for a loss that does not count completion tokens
+    index: int = 0  # the batch's number in the run
+    coefs: dict[str, float] = field(default_factory=dict)  # of the loss's terms, the same for all updates on the batch
+    trained: Batch | None = None  # the rows that are trained on, where those are not all
 
     @property
     def num_rows(self) -> int:
@@ -67,7 +70,7 @@ class Batch:
             completion_mask=mask[:, :width],
         )
         values = {k: v[start:stop, :width] if v.dim() > 1 else v[start:stop] for k, v in self.values.items()}
-        return Batch(cut, values, rows_per_unit=self.rows_per_unit)
+        return Batch(cut, values, rows_per_unit=self.rows_per_unit, coefs=self.coefs)
 
     def by_length(self) -> Batch:
         """Return the same rows with those of like length next to each other, so that micro-batches hold little padding.
@@ -96,7 +99,7 @@ class Batch:
             completion_mask=rows.completion_mask[order],
         )
         values = {name: value[order] for name, value in self.values.items()}
-        return Batch(moved, values, rows_per_unit=unit, num_read=self.num_read)
+        return Batch(moved, values, rows_per_unit=unit, num_read=self.num_read, coefs=self.coefs)
 
     def select(self, index: Tensor) -> Batch:
         """Return the rows of `index` (int64, ascending) with their prompts."""
@@ -106,7 +109,7 @@ class Batch:
             r.prompt_ids[prompts], r.prompt_lengths[prompts], prompt_of_row, r.completion_ids[index],
             r.completion_mask[index],
         )  # fmt: skip
-        return Batch(rows, {name: value[index] for name, value in self.values.items()})
+        return Batch(rows, {name: value[index] for name, value in self.values.items()}, coefs=self.coefs)
 
     def micro_batches(self, *, max_rows: int | None = None, max_tokens: int | None = None) -> Iterator[Batch]:
         """Cut into consecutive micro-batches of at most `max_rows` rows and `max_tokens` padded tokens each.
@@ -150,7 +153,7 @@ def pad(rows: list[list[int]], *, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def num_read(rows: Rows) -> Tensor:
-    """Return how many tokens of each completion are read, `[B]`: the last that counts is predicted, not read."""
+    """Return how many tokens of each completion are read, `[B]`: the last counted token is predicted and not read."""
     mask = rows.completion_mask
     ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
     return (ends - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Ranges of settings, as annotations such as `rows_per_step: Size`; rlft/config.py refuses values outside of them.
+"""Ranges and choices of settings, as annotations such as `rows_per_step: Size`; rlft/config.py checks them.
 
 The annotations do not check the arguments of a constructor that is called from Python.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Annotated
+
+from rlft.core.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,17 @@ class Range:
         if not (value > self.low if self.is_open else value >= self.low):  # nan is outside too
             return f"above {self.low}" if self.is_open else f"at least {self.low}"
         return None if value <= self.high else f"at most {self.high}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a few names."""
+
+    names: tuple[str, ...]
+
+    def refusal(self, value: str) -> str | None:
+        """Return None for one of the names; otherwise "one of …" with the nearest name."""
+        return None if value in self.names else f"one of {', '.join(self.names)}{nearest(value, self.names)}"
 
 
 Count = Annotated[int, Range(1)]

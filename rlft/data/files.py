@@ -27,6 +27,8 @@ class TextFile(StoredFiles):
         validation, test: fractions of the texts, if `path` does not name the files of each split.
     """
 
+    columns = ()
+
     def __init__(
         self,
         path: Paths,
@@ -211,8 +213,8 @@ class HuggingFaceData(RecordSource):
         except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"data.source.path={self.path} (name={self.name}, split={split}) cannot be loaded: "
-                f"{type(error).__name__}: {error}; without network give a local directory, or a file with data=jsonl, "
-                f"data=csv or data=parquet"
+                f"{type(error).__name__}: {error}; without network give a local directory, or a file with "
+                f"data/source=jsonl, csv or parquet"
             ) from error
 
 

@@ -34,6 +34,8 @@ class Reviews(StoredFiles):
         ConfigError: an argument is wrong, or the package is not installed.
     """
 
+    columns = ("label", "source")
+
     def __init__(self, *, source: str = "all", validation: float = 0.05, test: float = 0.05) -> None:
         check_choice("data.source.source", source, SOURCES)
         check_fractions(validation, test)

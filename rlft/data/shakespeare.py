@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlft.core.cache_dir import atomic_path, cache_dir
 from rlft.core.errors import DataError, check_choice
-from rlft.data.source import SPLITS, SplitSource, Row, check_fractions, given_splits
+from rlft.data.source import SPLITS, Row, SplitSource, check_fractions, given_splits
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -37,6 +37,8 @@ class Shakespeare(SplitSource):
         ConfigError: an argument is wrong. DataError, from the methods: the file is missing, is another text (by its
         SHA-256), or cannot be downloaded.
     """
+
+    columns = ()
 
     def __init__(
         self, *, path: str | None = None, documents: str = "whole", validation: float = 0.05, test: float = 0.05
@@ -85,7 +87,7 @@ def _check_hash(data: bytes, name: str) -> None:
     if found != SHA256:
         raise DataError(
             f"{name} is not tiny Shakespeare: {len(data):,} bytes with SHA-256 {found}, expected 1,115,394 bytes with "
-            f"{SHA256}; for a text of your own use data=text_file"
+            f"{SHA256}; for a text of your own use data/source=text_file"
         )
 
 

@@ -40,7 +40,9 @@ class Row:
 class Source(Protocol):
     """A data set that is read split by split; `counts` says how many rows were kept and how many were left out.
 
-    A source may also have a `key` (`rlft.core.cache_dir.Keyed`). What is made from its rows is then cached on disk.
+    A source may also have a `key` (`rlft.core.cache_dir.Keyed`). What is made from its rows is then cached on disk. A
+    class whose rows always have the same columns names them in the tuple `columns`. A data set that needs another
+    column is then refused before anything is read.
     """
 
     @property

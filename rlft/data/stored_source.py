@@ -20,8 +20,8 @@ import numpy as np
 from rlft.data.progress_bar import reported
 from rlft.data.source import (
     SPLITS,
-    SplitSource,
     Row,
+    SplitSource,
     given_order,
     given_splits,
     sha256,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from rlft.core.errors import ConfigError, check_choice
 from rlft.core.ranges import CountOrZero, Size
 from rlft.core.rng import generator
-from rlft.data.source import SPLITS, SplitSource, Row, check_fractions, split_rows
+from rlft.data.source import SPLITS, Row, SplitSource, check_fractions, split_rows
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SENTENCES = ("the quick brown", "fox jumps over a", "lazy dog and ran", "far into the wood")
@@ -23,6 +23,8 @@ class Task(SplitSource):
     | sort   | "qhedka=" | "adehkq"  | `num` drawn problems of `size` letters                             |
     | recite | "1"       | "the qu…" | `size` sentences of 15 to 17 characters, all of them in each split |
     """
+
+    columns = ("answer",)
 
     def __init__(
         self,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from rlft.functional.masking import as_bool, require_same_shape, zero_outside
+from rlft.functional.shapes import PerCompletion, PerToken
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(rewards: PerToken, values: PerToken, mask: PerToken, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Return generalised advantage estimates and the critic's targets (arXiv:1506.02438, eq. 16); neither is whitened.
 
         delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   return_t = A_t + V_t
@@ -49,7 +50,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     return advantages, advantages + values
 
 
-def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+def discounted_returns(rewards: PerToken, mask: PerToken, *, gamma: float) -> Tensor:
     """Return the discounted sum of the rewards from each token onwards (REINFORCE's return-to-go).
 
         R_t = r_t + gamma R_{t+1}
@@ -67,7 +68,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor
     return gae(rewards, torch.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
 
 
-def group_mean(rewards: Tensor, *, group_size: int) -> Tensor:
+def group_mean(rewards: PerCompletion, *, group_size: int) -> Tensor:
     """Return each reward minus its group's mean (Dr. GRPO, arXiv:2503.20783).
 
         A_i = r_i - mean(r)
@@ -85,7 +86,7 @@ def group_mean(rewards: Tensor, *, group_size: int) -> Tensor:
     return centre_groups(rewards, group_size)[0].flatten()
 
 
-def group_zscore(rewards: Tensor, *, group_size: int, eps: float = 1e-4) -> Tensor:
+def group_zscore(rewards: PerCompletion, *, group_size: int, eps: float = 1e-4) -> Tensor:
     """Return (reward - group's mean) / group's standard deviation (GRPO, arXiv:2402.03300, eq. 3).
 
         A_i = (r_i - mean(r)) / (std(r) + eps),   std with ddof 1, as in TRL
@@ -107,7 +108,7 @@ def group_zscore(rewards: Tensor, *, group_size: int, eps: float = 1e-4) -> Tens
     return (centred / (std + eps)).flatten()
 
 
-def leave_one_out(rewards: Tensor, *, group_size: int) -> Tensor:
+def leave_one_out(rewards: PerCompletion, *, group_size: int) -> Tensor:
     """Return each reward minus the mean of the other rewards of its group (RLOO, arXiv:2402.14740).
 
         A_i = r_i - sum_{j != i} r_j / (k - 1)
@@ -129,12 +130,12 @@ def leave_one_out(rewards: Tensor, *, group_size: int) -> Tensor:
     return (centred * num / (num - 1).clamp(min=1)).flatten()
 
 
-def no_advantage(rewards: Tensor) -> Tensor:
+def no_advantage(rewards: PerCompletion) -> Tensor:
     """Return zeros `[B]`: the rewards train nothing (on-policy distillation, where the KL to a teacher trains)."""
     return torch.zeros_like(rewards)
 
 
-def greedy_baseline(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
+def greedy_baseline(rewards: PerCompletion, greedy_rewards: PerCompletion) -> Tensor:
     """Return each reward minus the reward of its prompt's greedy completion (ReMax, arXiv:2310.10505, eq. 6).
 
         A_i = r_i - r_greedy
@@ -152,7 +153,7 @@ def greedy_baseline(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
     return (rewards - greedy_rewards).nan_to_num(0.0)
 
 
-def beta_normalized(rewards: Tensor, *, group_size: int) -> Tensor:
+def beta_normalized(rewards: PerCompletion, *, group_size: int) -> Tensor:
     """Return BNPO's advantages for rewards of 0 and 1 (arXiv:2506.02864, sections 3.2 and 3.3).
 
         A_i = (r_i - p) / f(p; 1 + a/3, 1 + b/3),   p = mean(r) of the group, f the density of a Beta distribution
@@ -191,7 +192,7 @@ def beta_normalized(rewards: Tensor, *, group_size: int) -> Tensor:
     return (centred / density).flatten()
 
 
-def group_returns(rewards: Tensor, mask: Tensor, *, group_size: int, gamma: float) -> Tensor:
+def group_returns(rewards: PerToken, mask: PerToken, *, group_size: int, gamma: float) -> Tensor:
     """Return each token's discounted return minus the mean of the group's other members at the same position.
 
         A_{i,t} = R_{i,t} - mean_{j != i, j still runs at t} R_{j,t},   R_t = r_t + gamma R_{t+1}

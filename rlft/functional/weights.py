@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rlft.functional.advantages import centre_groups, refuse_group_of_one
+from rlft.functional.shapes import PerCompletion
 
 
-def best_of_group(rewards: Tensor, *, group_size: int) -> Tensor:
+def best_of_group(rewards: PerCompletion, *, group_size: int) -> Tensor:
     """Return 1 for the best completion of each group and 0 for the others (RAFT, arXiv:2304.06767; best of n).
 
     Used as an advantage, it gives maximum likelihood of the best completions: expert iteration. Of equal rewards, the
@@ -35,7 +36,7 @@ def best_of_group(rewards: Tensor, *, group_size: int) -> Tensor:
     return torch.where((centred != 0).any(-1, keepdim=True), best, 0.0).flatten()
 
 
-def reward_weighted(rewards: Tensor, *, group_size: int, beta: float) -> Tensor:
+def reward_weighted(rewards: PerCompletion, *, group_size: int, beta: float) -> Tensor:
     """Return reward-weighted regression's weights (Peters and Schaal, 2007; AWR, arXiv:1910.00177, eq. 8).
 
         w_i = G softmax(r / beta)_i   over the group, so that weights average to 1

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from rlft.core.batch import Rows
+from rlft.core.batch import Batch, Rows
 from rlft.models.base import CausalLM
 from rlft.models.scorer import Scorer
 
@@ -35,3 +35,16 @@ def mean_loss(model: CausalLM, pieces: Iterable[Rows]) -> float:
 def perplexity(loss: float) -> float:
     """Return exp(loss), inf where that overflows: a diverged model has one too."""
     return math.exp(loss) if loss < 700 else math.inf
+
+
+@torch.no_grad()
+def summed_logprobs(
+    model: CausalLM, batch: Batch, *, limits: dict[str, int | None], temperature: float = 1.0
+) -> Tensor:
+    """Return log pi(completion | prompt) of each row [B], with the model in evaluation mode."""
+    was_training = model.training
+    scorer = Scorer(model).eval()
+    micros = batch.micro_batches(**limits)
+    sums = [scorer(micro.rows, temperature=temperature).logprobs.sum(dim=1) for micro in micros]
+    model.train(was_training)
+    return torch.cat(sums)

@@ -1,6 +1,6 @@
 """The loop: collect a batch, accumulate its loss over micro-batches, step, log, evaluate, save.
 
-No algorithm's name is in it. Online algorithms make their batch from prompts, rollout, rewards and advantages; offline
+It names no algorithm. Online algorithms make their batch from prompts, rollout, rewards and advantages; offline
 ones read it from a data set; the rest of the line is this file.
 """
 
@@ -17,19 +17,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlft.algos.base import Algorithm
+from rlft.algos.base import Algorithm, Run
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError, NonFiniteError
-from rlft.core.metrics import Clock, JsonlFile, Means, traced
+from rlft.core.metrics import JsonlFile, Metrics, traced
 from rlft.core.rng import generator
-from rlft.models.base import CausalLM
 from rlft.models.scorer import Scorer
 from rlft.tracking import efficiency
 from rlft.tracking.progress import Progress
 from rlft.tracking.trackers import Tracker
 from rlft.trainer.checkpoint import Checkpoints
 from rlft.trainer.schedule import learning_rate
-from rlft.trainer.settings import TrainSettings, TrainState
+from rlft.trainer.state import TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # takes a while to import
@@ -39,21 +38,19 @@ NUM_SHOWN_SAMPLES = 5  # on the screen; samples.jsonl holds them all
 
 
 class Trainer:
-    """Trains `policy` by `algorithm` until the first limit, and can stop and go on at any step."""
+    """Trains a run's policy by `algorithm` until the first limit, and can stop and go on at any step."""
 
     def __init__(
         self,
-        policy: CausalLM,
+        run: Run,
         algorithm: Algorithm,
         *,
-        settings: TrainSettings,
         accelerator: Accelerator,
         run_dir: Path,
         tracker: Tracker,
         progress: Progress,
-        clock: Clock,
     ) -> None:
-        updates = algorithm.updates_per_batch
+        settings, head, updates = run.settings, algorithm.head, algorithm.updates_per_batch
         if settings.steps % updates:
             raise ConfigError(
                 f"steps={settings.steps} must be a multiple of the {updates} optimizer steps on a batch (algo.epochs x "
@@ -61,24 +58,24 @@ class Trainer:
             )
         if not algorithm.is_evaluated:
             settings.check_without_evaluation()
-        self.policy, self.algorithm, self.settings = policy, algorithm, settings
-        self.accelerator, self.tracker, self.progress, self.clock = accelerator, tracker, progress, clock
-        head = algorithm.head
-        optimizer = policy.configure_optimizers(
-            learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas,
-            head=head, head_scale=1.0 if head is None else head.lr_scale,
-        )  # fmt: skip
-        # Placed here: to place it, accelerate would import torch's distributed tensors, which takes a second.
-        scorer = Scorer(policy, head).to(accelerator.device)
+        self.policy, self.settings, self.clock = run.policy, settings, run.clock
+        self.algorithm, self.accelerator, self.tracker, self.progress = algorithm, accelerator, tracker, progress
+        optimizer = run.policy.configure_optimizers(
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            head=head,
+            head_scale=1.0 if head is None else head.lr_scale,
+        )
+        # Moved here and not by accelerate, which would import torch's distributed tensors for it: that takes a second.
+        scorer = Scorer(run.policy, head).to(accelerator.device)
         self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer, device_placement=[False, False])
         self.run_dir = run_dir
         self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=settings.keep)
-        self.metrics_file, self.samples_file = (
-            JsonlFile(run_dir / "metrics.jsonl"),
-            JsonlFile(run_dir / "samples.jsonl"),
-        )
+        self.metrics_file, self.samples_file = (JsonlFile(run_dir / f"{name}.jsonl") for name in ("metrics", "samples"))
         self.state = TrainState()
-        self.batch: Batch | None = None
+        self.batch: Batch | None = None  # of the step before
+        self.updated: dict[str, float] = {}  # the metrics of the last update on it
         self.last_row: dict[str, float] = {}
 
     def resume(self) -> None:
@@ -112,7 +109,7 @@ class Trainer:
             if self.algorithm.is_evaluated and is_due:
                 row |= self._evaluate(f"step {self.state.step}") | self.clock.take()
             self._log(row | {"wall_time": self.state.seconds})
-            # A row is written before the checkpoint that counts it done: what follows a checkpoint is computed again.
+            # The row comes before its checkpoint: a resumed run computes again what follows the checkpoint.
             is_whole = self.state.step % self.algorithm.updates_per_batch == 0
             stop = is_whole and should_stop()
             is_last = self._ended() is not None  # an evaluation may have ended it
@@ -131,16 +128,17 @@ class Trainer:
         began = time.perf_counter()
         update = step % self.algorithm.updates_per_batch
         if self.batch is None or update == 0:
-            self.batch = self.algorithm.collect(step // self.algorithm.updates_per_batch)
-            self.state.num_tokens += int(self._totals(self.batch).num_tokens)
+            self.batch, self.updated = self.algorithm.collect(step // self.algorithm.updates_per_batch), {}
+            self.state.num_tokens += int(self._denominators(self.batch).num_tokens)
             for sample in self.batch.samples:
                 self.samples_file.write({"step": step + 1} | sample)
-        metrics = self.batch.means.reduce(self.accelerator)
-        batch = self.algorithm.minibatch(self.batch, update)
+        metrics = self.batch.metrics.reduce(self.accelerator)
+        batch = self.algorithm.minibatch(self.batch, update, before=self.updated)
         if batch is not None:
-            metrics |= self._optimize(batch, step, update)
+            self.updated = self._optimize(batch, step, update)
+            metrics |= self.updated
         self.state.step = step + 1
-        num_tokens = self._totals(batch or self.batch).num_tokens
+        num_tokens = self._denominators(batch or self.batch).num_tokens
         seconds = time.perf_counter() - began
         parts = self.clock.take()
         return {
@@ -158,31 +156,33 @@ class Trainer:
 
     def _optimize(self, batch: Batch, step: int, update: int) -> dict[str, float]:
         """Accumulate the gradient of a batch over its micro-batches, and step."""
-        means, totals = Means(), self._totals(batch)
+        metrics, denominators = Metrics(), self._denominators(batch)
         with self.clock("update"):
-            loss, micro_batches = self._accumulate(batch, totals, means, step, update)
+            loss, micro_batches = self._accumulate(batch, denominators, metrics, step, update)
         rate = self._learning_rate(step)
         with self.clock("optimizer"):
             grad_norm = self._update(batch, float(loss), rate)
         total_loss = loss.to(self.accelerator.device)
         return {
             "loss": float(self.accelerator.reduce(total_loss, reduction="sum")),
-            **means.reduce(self.accelerator),
+            **metrics.reduce(self.accelerator),
             "grad_norm": grad_norm,
             "learning_rate": rate,
             **efficiency.of_update(
-                self.policy, batch, micro_batches, device=self.accelerator.device,
+                self.policy,
+                batch,
+                micro_batches,
+                device=self.accelerator.device,
                 seconds=self.clock.seconds["update"] + self.clock.seconds["optimizer"],
                 dtype=torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32,
             ),
-        }  # fmt: skip
+        }
 
     def _accumulate(
-        self, batch: Batch, totals: Denominators, means: Means, step: int, update: int
+        self, batch: Batch, denominators: Denominators, metrics: Metrics, step: int, update: int
     ) -> tuple[Tensor, list[Batch]]:
         """Run forward and backward over the batch's micro-batches; return this rank's loss and what was run."""
-        limits = {"max_rows": self.settings.micro_batch, "max_tokens": self.settings.micro_batch_tokens}
-        needed = self.algorithm.needed(batch)
+        needed, limits = self.algorithm.needed(batch), self.settings.limits
         micro_batches = list(needed.micro_batches(**limits))
         if len(micro_batches) > 1:
             micro_batches = list(needed.by_length().micro_batches(**limits))
@@ -190,12 +190,12 @@ class Trainer:
         self.scorer.train()
         for i, micro in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
-            # Dropout, where a model has it, draws from torch's generator: seeded by what is scored, as all draws here.
+            # Dropout, where a model has it, draws from torch's generator, which each micro-batch seeds anew.
             key = (step, i, self.accelerator.process_index)
             torch.manual_seed(int(generator(self.settings.seed, "dropout", *key).integers(2**62)))
             with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
-                share = self.algorithm.loss(self.scorer, micro, totals, means, update=update)
-                # Ranks average their gradients; a loss over global counts wants their sum.
+                share = self.algorithm.loss(self.scorer, micro, denominators, metrics, update=update)
+                # Ranks average their gradients, and a loss over global counts needs the sum.
                 self.accelerator.backward(share * self.accelerator.num_processes)
             loss += share.detach()
         return loss, micro_batches
@@ -205,9 +205,13 @@ class Trainer:
         if self.accelerator.is_main_process and self.state.step not in self.checkpoints.steps():
             state = {"trainer": vars(self.state).copy(), "algorithm": self.algorithm.state_dict()}
             self.checkpoints.save(
-                self.state.step, self.policy, self._inner_optimizer, state, best_step=self.state.best_step,
+                self.state.step,
+                self.policy,
+                self._inner_optimizer,
+                state,
+                best_step=self.state.best_step,
                 head=self.algorithm.head,
-            )  # fmt: skip
+            )
         self.accelerator.wait_for_everyone()
 
     @property
@@ -217,11 +221,15 @@ class Trainer:
     def _learning_rate(self, step: int) -> float:
         s = self.settings
         return learning_rate(
-            step, peak=s.learning_rate, schedule=s.schedule, warmup_steps=s.warmup_steps, total_steps=s.steps,
+            step,
+            peak=s.learning_rate,
+            schedule=s.schedule,
+            warmup_steps=s.warmup_steps,
+            total_steps=s.steps,
             final_fraction=s.final_learning_rate_fraction,
-        )  # fmt: skip
+        )
 
-    def _totals(self, batch: Batch) -> Denominators:
+    def _denominators(self, batch: Batch) -> Denominators:
         counts = torch.tensor([batch.num_tokens, batch.num_rows], device=self.accelerator.device, dtype=torch.float64)
         tokens, rows = self.accelerator.reduce(counts, reduction="sum").tolist()
         return Denominators(num_tokens=tokens, num_sequences=rows)
@@ -240,7 +248,7 @@ class Trainer:
         return grad_norm
 
     def _clip(self) -> Callable[..., Tensor]:
-        """Return what clips gradients: accelerate's function knows sharded ones, and takes a second to import them."""
+        """Return the function that clips gradients; accelerate's knows sharded ones, and takes a second to import."""
         is_alone = self.accelerator.num_processes == 1
         return torch.nn.utils.clip_grad_norm_ if is_alone else self.accelerator.clip_grad_norm_
 
@@ -266,23 +274,17 @@ class Trainer:
         self.scorer.eval()
         with self.clock("eval"):
             evaluation = self.algorithm.evaluate()
-        name, mode = self.algorithm.objective
-        sign = 1.0 if mode == "max" else -1.0
         for metric, number in evaluation.metrics.items():
             if not math.isfinite(number):
                 raise NonFiniteError(f"{metric} is {number} in the evaluation at step {self.state.step}")
-        value = evaluation.metrics[name]
-        if self.state.best_value is None or sign * value > sign * self.state.best_value:
-            self.state.best_value, self.state.best_step, self.state.evals_since_best = value, self.state.step, 0
-        elif self.state.best_step != self.state.step:
-            self.state.evals_since_best += 1
+        name, mode = self.algorithm.objective
+        self.state.evaluated(evaluation.metrics, name=name, mode=mode)
         if evaluation.samples:
             self.progress.samples(f"Held-out samples, {title}", evaluation.samples[:NUM_SHOWN_SAMPLES])
         if evaluation.samples and not is_again:
             self.tracker.samples(self.state.step, evaluation.samples)
             for sample in evaluation.samples:
                 self.samples_file.write({"step": self.state.step, "split": "eval"} | sample)
-        self.state.after = evaluation.metrics
         return evaluation.metrics
 
     def _log(self, row: dict[str, float]) -> None:
@@ -293,15 +295,15 @@ class Trainer:
             self.tracker.log(self.state.step, row)
 
     def _is_best_to_keep(self) -> bool:
-        """Whether this step's policy is the best so far and may be wanted: by early stopping, or as a checkpoint."""
+        """Whether this step's policy is the best so far, and early stopping or the checkpoints want it."""
         is_wanted = self.settings.patience is not None or self.settings.save_every > 0
         return is_wanted and self.state.best_step == self.state.step
 
     def _is_due(self, every: int) -> bool:
-        """Whether a multiple of `every` was reached by the batch that ends here: between batches only."""
+        """Whether the batch that ends here reached a multiple of `every` steps; false within a batch."""
         step, updates = self.state.step, self.algorithm.updates_per_batch
         return every > 0 and step % updates == 0 and step // every > (step - updates) // every
 
     def _ended(self) -> str | None:
-        """Return why the run is over, between batches only."""
+        """Return why the run is over, or None; a run ends between batches only."""
         return None if self.state.step % self.algorithm.updates_per_batch else self.state.ended(self.settings)

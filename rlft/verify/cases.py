@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from rlft import build
+from rlft.algos.base import Run
 from rlft.algos.online.policy_gradient import PolicyGradient
-from rlft.core.metrics import Clock
 from rlft.models.base import CausalLM
-from rlft.rollout.sampling import Sampling
 from rlft.verify.formulas import Formula
 from rlft.verify.tasks import Completion, Task, dense, endings, match
 
 KL = "algo.kl.coef=0.5"  # large enough to be seen beside a reward of about 1
-algorithm_node = functools.cache(build.algorithm_node)
+_node = functools.cache(build.algorithm_node)
 
 
 @dataclass(frozen=True)
@@ -125,23 +121,20 @@ def composed(
     parts: dict[str, Any] | None = None,
 ) -> PolicyGradient:
     """Return the algorithm that conf/algo/<algo>.yaml makes on a task; `parts` replace built ones."""
-    node = _node(algo, overrides, task, prompts_per_step, group_size, eval_copies * len(task.prompts))
-    return build.algorithm(
-        node, policy=policy, reference=reference, rewards=task.reward_sum(), data=task.data(eval_copies=eval_copies),
-        tokenizer=task.tokenizer, sampling=Sampling(task.length, temperature), seed=seed, device=torch.device("cpu"),
-        autocast=nullcontext, is_float32=True, rank=0, world_size=1, clock=Clock(), **(parts or {}),
-    )  # fmt: skip
+    node = _node(algo, overrides, max_new_tokens=task.length)
+    settings = build.root_settings(
+        seed=seed,
+        prompts_per_step=prompts_per_step,
+        group_size=group_size,
+        max_new_tokens=task.length,
+        temperature=temperature,
+        eval_prompts=eval_copies * len(task.prompts),
+        micro_batch=None,
+    )
+    data, rewards = task.data(eval_copies=eval_copies), task.reward_sum()
+    return build.algorithm(node, Run(settings, policy, task.tokenizer, data, reference, rewards), **(parts or {}))
 
 
-def settings_of(case: Case, task: Task, *, prompts_per_step: int, group_size: int) -> dict[str, Any]:
+def settings_of(case: Case, task: Task) -> dict[str, Any]:
     """Return the composed YAML of a case: the formulas take their constants from it."""
-    return _node(case.algo, case.overrides, task, prompts_per_step, group_size, 1)
-
-
-def _node(
-    algo: str, overrides: tuple[str, ...], task: Task, prompts_per_step: int, group_size: int, eval_prompts: int
-) -> dict[str, Any]:
-    return algorithm_node(
-        algo, overrides, prompts_per_step=prompts_per_step, group_size=group_size, max_new_tokens=task.length,
-        eval_prompts=eval_prompts, micro_batch=None, micro_batch_tokens=None,
-    )  # fmt: skip
+    return _node(case.algo, case.overrides, max_new_tokens=task.length)

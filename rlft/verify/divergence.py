@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.functional import kl as estimators
 from rlft.verify import exact
 from rlft.verify.cases import KL, Case
@@ -90,9 +90,9 @@ def _logged() -> list[Row]:
         wanted = float(exact.kl(*pair))
         logged = {"kl": 0.0, "kl_exact": 0.0}
         for ids in task.completions:
-            means = Means()
-            loss_of(made.algorithm, made.collect(((ids,),)), update=0, means=means)
-            row = means.local()
+            metrics = Metrics()
+            loss_of(made.algorithm, made.collect(((ids,),)), update=0, metrics=metrics)
+            row = metrics.local()
             for name in logged:
                 logged[name] += made.chance_of(0, ids) * row[name]
         where = "k1 in the reward" if choice == IN_REWARD else f"{choice} in the loss"

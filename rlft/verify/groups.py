@@ -62,7 +62,7 @@ class Enumeration:
         self.logp = log_softmax(old, TEMPERATURE)
         self.listed = self.algorithm.rollouts = Listed(self.algorithm.rollouts)
         self.first = Tables(old) if self.algorithm.head is None else _uneven_critic(self.algorithm.head, old)
-        settings = settings_of(case, task, prompts_per_step=len(task.prompts), group_size=group_size)
+        settings = settings_of(case, task)
         self.by_hand = ByHand(case.formula, settings, old, reference, TEMPERATURE, task.length, BASELINE)
         self.greedy = [task.reward(p, task.likeliest(old, p)) for p in range(len(task.prompts))]
 
@@ -117,7 +117,7 @@ class Enumeration:
         if isinstance(self.algorithm.advantage, RunningBaseline):
             self.algorithm.advantage.load_state_dict({"mean": BASELINE, "num_batches": 3})
         rollout = rollout_of(self.task, groups, self.logp)
-        self.listed.queue.append((list(self.algorithm.rollouts.data.prompts("train")), rollout))
+        self.listed.queue.append((list(self.algorithm.rollouts.run.data.prompts("train")), rollout))
         return self.algorithm.collect(0)
 
     def _by_hand(self, samples: list[list[Sample]], updates: int) -> tuple[list[Array], float]:

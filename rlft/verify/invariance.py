@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from rlft.algos.online.baselines import RunningBaseline
 from rlft.core.batch import Denominators, Rows
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.data.prompts import Prompt
 from rlft.models.scorer import Scorer
 from rlft.rollout.engine import Rollout, generate
@@ -66,7 +66,7 @@ def trainer_rows() -> list[Row]:
             bench = Bench(case)
             with tempfile.TemporaryDirectory() as directory:
                 trainer = trainer_of(
-                    bench.policy, bench.algorithm, Path(directory), steps=4, learning_rate=0.01, micro_batch=micro_batch
+                    bench.algorithm, Path(directory), steps=4, learning_rate=0.01, micro_batch=micro_batch
                 )
                 bench.listed.queue.append(bench.drawn())
                 steps.append(trainer.step(0))
@@ -93,7 +93,7 @@ class Bench:
 
     def drawn(self) -> tuple[list[Prompt], Rollout]:
         """Return a batch of the policy's own."""
-        prompts = list(self.listed.data.prompts("train"))
+        prompts = list(self.listed.run.data.prompts("train"))
         rollout = generate(
             self.policy, [p.ids for p in prompts], group_size=GROUP_SIZE, eos_id=self.task.tokenizer.eos_id, seed=0,
             sampling=Sampling(self.task.length, TEMPERATURE),
@@ -105,8 +105,8 @@ class Bench:
         if isinstance(self.algorithm.advantage, RunningBaseline):
             self.algorithm.advantage.load_state_dict({"mean": 0.25, "num_batches": 3})
         self.listed.queue.append((prompts, rollout))
-        batch, means = self.algorithm.collect(0), Means()
-        totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
+        batch, metrics = self.algorithm.collect(0), Metrics()
+        denominators = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
         trained = list(self.scorer.parameters())
         before = [p.detach().clone() for p in trained]
         with torch.no_grad():
@@ -114,14 +114,14 @@ class Bench:
                 p.add_(0.1 * torch.sin(torch.arange(p.numel(), dtype=p.dtype)).view(p.shape))
         loss, gradient = torch.zeros((), dtype=torch.float64), [torch.zeros_like(p) for p in trained]
         for micro in batch.micro_batches(**cut) if cut else [batch]:
-            share = self.algorithm.loss(self.scorer, micro, totals, means, update=1)
+            share = self.algorithm.loss(self.scorer, micro, denominators, metrics, update=1)
             loss = loss + share.detach()
             for total, part in zip(gradient, torch.autograd.grad(share, trained), strict=True):
                 total += part
         with torch.no_grad():
             for p, value in zip(trained, before, strict=True):
                 p.copy_(value)
-        return Measured(loss, torch.cat([g.flatten() for g in gradient]), batch.means.local() | means.local())
+        return Measured(loss, torch.cat([g.flatten() for g in gradient]), batch.metrics.local() | metrics.local())
 
 
 def padded(prompts: list[Prompt], rollout: Rollout) -> tuple[list[Prompt], Rollout]:

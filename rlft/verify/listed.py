@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rlft.algos.online.policy_gradient import PolicyGradient
-from rlft.algos.online.rollouts import Rollouts, Sampled
-from rlft.algos.online.scoring import score
+from rlft.algos.online.rollouts import Rollouts
+from rlft.algos.samples import Samples
 from rlft.core.batch import Batch, Denominators, Rows, pad
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.data.prompts import Prompt
 from rlft.models.scorer import Scorer
-from rlft.rewards.compose import RewardOutput
 from rlft.rollout.engine import Rollout
 from rlft.verify.formulas import Array, Sample
 from rlft.verify.tasks import Completion, Task
@@ -32,10 +30,10 @@ class Listed(Rollouts):
         vars(self).update(vars(drawn))
         self.queue: deque[tuple[list[Prompt], Rollout]] = deque()  # draw by draw
 
-    def _draw(self, index: int) -> Sampled:
+    def _draw(self, index: int) -> Samples:
         prompts, rollout = self.queue.popleft()
-        sampled = Sampled(prompts, rollout, RewardOutput(torch.empty(0), {}), self.group_size)
-        return replace(sampled, scored=score(self.rewards, self.tokenizer, sampled.prompt_of_row, rollout))
+        texts = self.run.tokenizer.decode_batch(rollout.completions())
+        return self._scored(Samples(prompts, rollout, texts, self.group_size))
 
 
 def rollout_of(task: Task, groups: tuple[Group, ...], logp: Array) -> Rollout:
@@ -59,7 +57,9 @@ def sample_of(task: Task, prompt: int, ids: Completion, *, greedy_reward: float 
     return Sample(contexts, ids, tuple(rewards), greedy_reward)
 
 
-def loss_of(algorithm: PolicyGradient, batch: Batch, *, update: int, means: Means | None = None) -> Tensor:
+def loss_of(algorithm: PolicyGradient, batch: Batch, *, update: int, metrics: Metrics | None = None) -> Tensor:
     """Return the loss of a whole batch at one of its updates."""
-    totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-    return algorithm.loss(Scorer(algorithm.policy, algorithm.head), batch, totals, means or Means(), update=update)
+    denominators = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
+    return algorithm.loss(
+        Scorer(algorithm.run.policy, algorithm.head), batch, denominators, metrics or Metrics(), update=update
+    )

@@ -50,7 +50,7 @@ def rows_of(case: Case) -> list[Row]:
     logp = exact.table(policy, task, temperature=TEMPERATURE).numpy()
     total = torch.zeros((), dtype=torch.float64)
     for groups in batches(task, GROUP_SIZE):
-        listed.queue.append((list(listed.data.prompts("train")), rollout_of(task, groups, logp)))
+        listed.queue.append((list(listed.run.data.prompts("train")), rollout_of(task, groups, logp)))
         samples = [sample_of(task, 0, ids) for ids in groups[0]]
         chance = math.exp(sum(logp[c, a] for s in samples for c, a in zip(s.contexts, s.tokens, strict=True)))
         total = total + chance * loss_of(algorithm, algorithm.collect(0), update=0)

@@ -28,7 +28,7 @@ def rows_of(case: Case) -> list[Row]:
         temperature=TEMPERATURE, prompts_per_step=1, group_size=GROUP_SIZE,
     )  # fmt: skip
     listed = algorithm.rollouts = Listed(algorithm.rollouts)
-    prompts = list(listed.data.prompts("train"))
+    prompts = list(listed.run.data.prompts("train"))
     everything, without = list(batches(task, GROUP_SIZE)), 0.0
     gradient = np.zeros_like(plain.first.policy)
     for first in everything:

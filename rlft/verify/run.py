@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from rlft.build import algorithm_node
 from rlft.core.errors import ConfigError, nearest
 from rlft.verify import divergence, groups, invariance, neural, optimum, refill, sampled, training
-from rlft.verify.cases import CASES, Case, algorithm_node
+from rlft.verify.cases import CASES, Case
 from rlft.verify.rows import Row
 from rlft.verify.training import Trained
 
@@ -45,8 +46,7 @@ def verify(
     for name in only:
         if name not in names():
             raise ConfigError(f"--only {name}: nothing has this name{nearest(name, names())}; {', '.join(names())}")
-    algorithm_node("reinforce", prompts_per_step=1, group_size=1, max_new_tokens=1, eval_prompts=1, micro_batch=None,
-                   micro_batch_tokens=None)  # fmt: skip
+    algorithm_node("reinforce")
     findings = Findings()
     for name in only or names():
         started(name)

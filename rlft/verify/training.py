@@ -23,7 +23,6 @@ from rlft.models.base import CausalLM
 from rlft.references.frozen import initial
 from rlft.tracking.progress import Progress
 from rlft.tracking.trackers import NullTracker
-from rlft.trainer.settings import TrainSettings
 from rlft.trainer.trainer import Trainer
 from rlft.verify import exact, fixed_points
 from rlft.verify.cases import CASES, Case, composed, settings_of
@@ -115,7 +114,7 @@ def trained(course: Course, *, seed: int = 0) -> Trained:
     )  # fmt: skip
     steps = STEPS * (2 if algorithm.updates_per_batch > 1 else 1)  # a step on an old batch teaches less
     with tempfile.TemporaryDirectory() as directory:
-        trainer = trainer_of(policy, algorithm, Path(directory), steps=steps, learning_rate=RATE)
+        trainer = trainer_of(algorithm, Path(directory), steps=steps, learning_rate=RATE)
         for step in range(steps):
             trainer.step(step)
         metrics = algorithm.evaluate().metrics
@@ -140,7 +139,7 @@ def expected_regret(course: Course) -> float:
         return 0.0
     task = course.task
     policy, reference = task.policy(seed=0, spread=0.0), task.policy(seed=0, spread=0.0)
-    settings = settings_of(course.case, task, prompts_per_step=PROMPTS, group_size=GROUP_SIZE)
+    settings = settings_of(course.case, task)
     fixed_points.climb(course.case.formula, settings, task, policy, reference, group_size=GROUP_SIZE)
     logp, logq = exact.logprobs(policy, task).detach(), exact.logprobs(reference, task).detach()
     best = exact.optimum(logq, task.rewards, beta=course.beta)
@@ -174,7 +173,6 @@ def completion_kl(policy: TabularPolicy, reference: CausalLM, task: Task) -> Ten
 
 
 def trainer_of(
-    policy: CausalLM,
     algorithm: PolicyGradient,
     run_dir: Path,
     *,
@@ -183,14 +181,23 @@ def trainer_of(
     micro_batch: int | None = None,
 ) -> Trainer:
     """Return the real trainer, in silence, with a learning rate that falls to 0 in a line."""
-    settings = TrainSettings(
-        seed=0, steps=steps, max_minutes=None, max_tokens=None, micro_batch=micro_batch, micro_batch_tokens=None,
-        learning_rate=learning_rate, final_learning_rate_fraction=0.0, warmup_steps=0, schedule="linear",
-        max_grad_norm=100.0, weight_decay=0.0, betas=(0.9, 0.99), eval_every=0, patience=None, save_every=0, keep=1,
-        log_every=1, profile=False,
-    )  # fmt: skip
+    settings = replace(
+        algorithm.run.settings,
+        seed=0,
+        steps=steps,
+        micro_batch=micro_batch,
+        learning_rate=learning_rate,
+        schedule="linear",
+        max_grad_norm=100.0,
+        save_every=0,
+        keep=1,
+    )
     progress = Progress(total_steps=steps, log_every=1, console=Console(quiet=True))
     return Trainer(
-        policy, algorithm, settings=settings, accelerator=Accelerator(cpu=True), run_dir=run_dir,
-        tracker=NullTracker(), progress=progress, clock=algorithm.clock,
-    )  # fmt: skip
+        replace(algorithm.run, settings=settings),
+        algorithm,
+        accelerator=Accelerator(cpu=True),
+        run_dir=run_dir,
+        tracker=NullTracker(),
+        progress=progress,
+    )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlft.core.batch import Denominators
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from tests.builders import Float64Rewards, policy_gradient, reward_sum, tiny
 
@@ -30,9 +30,9 @@ def build(name: str, *overrides: str, **arguments):
     return policy_gradient(name, *(() if name in WITHOUT_KL else KL), *overrides, **(defaults | arguments))
 
 
-def loss_of(algorithm, batch, *, update: int, means: Means | None = None) -> Tensor:
+def loss_of(algorithm, batch, *, update: int, metrics: Metrics | None = None) -> Tensor:
     totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-    return algorithm.loss(Scorer(algorithm.policy), batch, totals, means or Means(), update=update)
+    return algorithm.loss(Scorer(algorithm.run.policy), batch, totals, metrics or Metrics(), update=update)
 
 
 def gradient(loss: Tensor, policy) -> Tensor:

@@ -7,18 +7,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from rlft.core.metrics import Clock, JsonlFile, Means
+from rlft.core.metrics import Clock, JsonlFile, Metrics
 
 
 def test_mean_over_unequal_micro_batches_is_the_global_mean_not_the_mean_of_means():
-    means = Means()
+    means = Metrics()
     means.add("x", torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
     means.add("x", torch.tensor([60.0]))
     assert means.local() == {"x": 12.5}  # 75 / 6; the mean of means would be 31.5
 
 
 def test_mean_counts_what_its_mask_counts():
-    means = Means()
+    means = Metrics()
     means.add("x", torch.tensor([[1.0, torch.nan], [3.0, torch.inf]]), torch.tensor([[True, False], [True, False]]))
     means.add("x", torch.tensor([[8.0, 9.0]]), torch.tensor([[1.0, 0.0]]))  # a float mask
     assert means.local() == {"x": 4.0}
@@ -28,20 +28,20 @@ def test_mean_does_not_depend_on_how_the_batch_was_cut():
     x = torch.randn(40, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = x > -0.5
     for size in (1, 3, 40):
-        means = Means()
+        means = Metrics()
         for part, part_mask in zip(x.split(size), mask.split(size), strict=True):
             means.add("x", part, part_mask)
         assert means.local()["x"] == pytest.approx(float(x[mask].mean()), rel=1e-12)
 
 
 def test_mean_of_indicators_is_a_fraction():
-    means = Means()
+    means = Metrics()
     means.add("share", torch.tensor([True, False, False, True]))
     assert means.local() == {"share": 0.5}
 
 
 def test_mean_over_nothing_is_left_out_and_a_counted_nan_is_seen():
-    means = Means()
+    means = Metrics()
     means.add("none", torch.tensor([1.0]), torch.tensor([False]))
     means.add("bad", torch.tensor([1.0, torch.nan]))
     row = means.local()
@@ -50,21 +50,21 @@ def test_mean_over_nothing_is_left_out_and_a_counted_nan_is_seen():
 
 
 def test_maximum_is_over_counted_entries_of_all_micro_batches():
-    means = Means()
+    means = Metrics()
     means.add_max("m", torch.tensor([-5.0, 100.0]), torch.tensor([True, False]))
     means.add_max("m", torch.tensor([-7.0, -6.0]))
     assert means.local() == {"m": -5.0}
 
 
 def test_reduce_on_one_process_gives_the_local_row():
-    means = Means()
+    means = Metrics()
     means.add("x", torch.tensor([1.0, 4.0]))
     means.add_max("m", torch.tensor([3.0, 2.0]))
     assert means.reduce(Accelerator(cpu=True)) == means.local() == {"x": 2.5, "m": 3.0}
 
 
 def test_sums_keep_no_graph():
-    means, x = Means(), torch.ones(2, requires_grad=True)
+    means, x = Metrics(), torch.ones(2, requires_grad=True)
     means.add("x", x * 2)
     assert not means._sums["x"].requires_grad
 

@@ -54,7 +54,7 @@ def singles(*, is_shuffled: bool) -> tuple[list[tuple[str, str, int]], list[tupl
 
 
 def run(algorithm: Any, run_dir: Path, *, steps: int = 60, learning_rate: float = 3e-3) -> Trainer:
-    made = trainer(algorithm.policy, algorithm, run_dir, steps=steps, learning_rate=learning_rate)
+    made = trainer(algorithm.run.policy, algorithm, run_dir, steps=steps, learning_rate=learning_rate)
     assert made.train() == "steps"
     return made
 

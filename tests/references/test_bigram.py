@@ -16,7 +16,7 @@ from torch import Tensor
 from rlft.algos.online.scoring import exact_token_kl, frozen_scores
 from rlft.core.batch import Batch
 from rlft.core.errors import ConfigError, DataError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.data.source import Row
 from rlft.functional.logprobs import exact_kl
 from rlft.models.base import CausalLM
@@ -231,8 +231,8 @@ def test_tokens_drawn_from_it_follow_the_table_and_have_its_logprobs():
 def test_a_policy_gradient_is_held_to_it(kl):
     policy, model = tiny(2, spread=0.3).double(), made()
     algorithm = policy_gradient("grpo", f"algo/kl={kl}", "algo.kl.coef=0.1", policy=policy, reference=model)
-    batch, means = algorithm.collect(0), Means()
-    loss = loss_of(algorithm, batch, update=0, means=means)
+    batch, means = algorithm.collect(0), Metrics()
+    loss = loss_of(algorithm, batch, update=0, metrics=means)
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in policy.parameters())
     rows, table = batch.rows, torch.tensor(naive(TEXTS, 2.0), dtype=torch.float64)

@@ -15,7 +15,7 @@ from rlft import build
 from rlft.config import checked
 from rlft.core.batch import Denominators
 from rlft.core.errors import CheckpointError, ConfigError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.gpt2 import GPT2
 from rlft.models.scorer import Scorer
 from rlft.references.bigram import Bigram
@@ -116,9 +116,9 @@ def job(tmp_path, monkeypatch):
     overrides = [
         "name=test", "model=gpt2_scratch", "model.vocab_size=32", "model.n_positions=24", "model.n_embd=8",
         "model.n_layer=1", "model.n_head=2", "model.tokenizer._target_=rlft.text.characters.characters",
-        "~model.tokenizer.vocab_size", "data=jsonl", f"data.source.path={tmp_path}/texts.jsonl", "data.prompt_tokens=3",
-        "data.source.validation=0.2", "reward=length", "prompts_per_step=2", "group_size=3", "max_new_tokens=6",
-        "eval_prompts=4", "hardware=cpu", "hardware.num_threads=1", "tracker=none",
+        "~model.tokenizer.vocab_size", "data=prompts", f"data.source.path={tmp_path}/texts.jsonl",
+        "data.prompt_tokens=3", "data.source.validation=0.2", "reward=length", "prompts_per_step=2", "group_size=3",
+        "max_new_tokens=6", "eval_prompts=4", "hardware=cpu", "hardware.num_threads=1", "tracker=none",
     ]  # fmt: skip
 
     def make(*more: str) -> build.Job:
@@ -134,7 +134,7 @@ def test_every_reference_is_built_from_its_file_and_measures_a_kl(job, tmp_path)
     for choice in (["bigram"], ["random"], ["initial"], ["checkpoint", f"reference.path={path}"]):
         made = job(f"reference={choice[0]}", *choice[1:])
         algorithm: Any = made.algorithm
-        batch, means = algorithm.collect(0), Means()
+        batch, means = algorithm.collect(0), Metrics()
         totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
         assert algorithm.loss(Scorer(made.policy), batch, totals, means, update=0).isfinite()
         kl[choice[0]] = means.local()["kl_exact"]
@@ -145,7 +145,7 @@ def test_every_reference_is_built_from_its_file_and_measures_a_kl(job, tmp_path)
 
 def test_the_bigram_of_a_run_is_counted_from_whole_texts_not_from_openings(job):
     made = job("reference=bigram", "reference.alpha=0.001")
-    reference: Any = made.algorithm.reference
+    reference: Any = made.algorithm.run.reference
     ids = made.tokenizer.encode("go")
     assert float(reference.log_probs[ids[0], ids[1]].exp()) == pytest.approx(1.0, abs=0.01)  # "g" stands in "good" only
     film = made.tokenizer.encode("lm")

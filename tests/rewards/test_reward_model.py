@@ -50,7 +50,7 @@ def call(reward: RewardModel, prompts=PROMPTS, completions=COMPLETIONS) -> list[
 def outputs(algorithm, text: str) -> list[float]:
     """The head on the last state of the text and its end token, by a forward pass of this row alone."""
     ids = [*TOKENIZER.encode(text), TOKENIZER.eos_id]
-    return algorithm.head.linear(algorithm.policy(torch.tensor([ids]))[0, -1]).tolist()
+    return algorithm.head.linear(algorithm.run.policy(torch.tensor([ids]))[0, -1]).tolist()
 
 
 @pytest.mark.parametrize("batch_size", [64, 1, 3])
@@ -62,7 +62,7 @@ def test_score_of_pairs_is_the_trained_one(model_of_pairs, batch_size):
     assert scores[:3] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     start = [TOKENIZER.eos_id, *TOKENIZER.encode("kk"), TOKENIZER.eos_id]  # an empty prompt is the end token
     with torch.no_grad():
-        last = algorithm.head.linear(algorithm.policy(torch.tensor([start]))[0, -1]).item()
+        last = algorithm.head.linear(algorithm.run.policy(torch.tensor([start]))[0, -1]).item()
     assert scores[3] == pytest.approx(last, rel=1e-5)
 
 

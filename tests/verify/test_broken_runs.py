@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import rlft.algos.online.agreement
+import rlft.algos.online.reference
 import torch
 from torch import Tensor
 
-import rlft.algos.online.agreement
 import rlft.algos.online.evaluation
 import rlft.algos.online.kl
-import rlft.algos.online.reference
 import rlft.algos.online.rollouts
 import rlft.algos.online.scoring
 import rlft.models.scorer
@@ -76,15 +76,15 @@ def test_an_exact_kl_in_the_wrong_direction_is_seen(monkeypatch):
 
 
 def test_a_penalty_of_the_wrong_sign_in_the_reward_is_seen(monkeypatch):
-    right = rlft.algos.online.reference.FrozenSide.sampled_kl
-    monkeypatch.setattr(rlft.algos.online.reference.FrozenSide, "sampled_kl", lambda *a: -right(*a))
+    right = rlft.algos.online.scoring.ReferenceScores.sampled_kl
+    monkeypatch.setattr(rlft.algos.online.scoring.ReferenceScores, "sampled_kl", lambda *a: -right(*a))
     check(gradients("rloo"), fails=(FIRST, EXPECTED))
     check(guarded("kl", divergence.rows), fails=("k1 in the reward: E[gradient]",), passes=("k3 in the loss: each",))
 
 
 def test_a_kl_in_the_loss_without_a_gradient_is_seen(monkeypatch):
-    right = rlft.algos.online.reference.FrozenSide.token_kl
-    monkeypatch.setattr(rlft.algos.online.reference.FrozenSide, "token_kl", lambda *a: right(*a).detach())
+    right = rlft.algos.online.scoring.ReferenceScores.token_kl
+    monkeypatch.setattr(rlft.algos.online.scoring.ReferenceScores, "token_kl", lambda *a: right(*a).detach())
     check(gradients("grpo"), fails=(FIRST, SECOND))
 
 

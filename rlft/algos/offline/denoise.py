@@ -20,25 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.algos.base import NOT_EVALUATED, Algorithm, Evaluation
-from rlft.algos.offline.examples import check_held_out, check_sizes
+from rlft.algos.base import NOT_EVALUATED, Algorithm, Evaluation, Run, Setup, check_sizes
+from rlft.algos.offline.examples import check_held_out
+from rlft.algos.samples import EVAL_SEED, EVAL_STREAM, NUM_SHOWN
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.core.ranges import Size
 from rlft.data.kinds import Kind
-from rlft.data.source import holds_out
 from rlft.data.text import TextData
 from rlft.functional.aggregation import token_mean
 from rlft.models.base import CausalLM
 from rlft.models.likelihood import EVAL_ROWS, text_rows
 from rlft.models.scorer import Scorer, Scores
-from rlft.rollout.sampling import Sampling, uniforms
+from rlft.rollout.sampling import uniforms
 from rlft.rollout.unmask import Unmasking, unmask
-from rlft.text.tokenizer import Tokenizer
-
-EVAL_SEED = 0  # the same masks and samples' draws at every evaluation of every run
-NUM_SAMPLES = 5
 
 
 class Denoise(Algorithm):
@@ -51,8 +47,8 @@ class Denoise(Algorithm):
         eval_blocks: held-out blocks that an evaluation reads; None for all of them.
         eval_levels: masks of each held-out block.
         sample_rounds, sample_order: how the samples of an evaluation are filled in (`rlft/rollout/unmask.py`).
-        sampling: its temperature is that of the samples. Each is a whole block behind a held-out block's first token,
-            of which the first `max_new_tokens` are shown, up to the end of the text.
+            Each sample is a whole block behind a held-out block's first token, of which the first `max_new_tokens` are
+            shown, up to the end of the text; the root setting `temperature` is theirs.
 
     Raises `ConfigError` for a causal policy, and for blocks longer than the context.
     """
@@ -62,47 +58,41 @@ class Denoise(Algorithm):
 
     def __init__(
         self,
+        run: Run,
         *,
-        policy: CausalLM,
-        tokenizer: Tokenizer,
-        data: TextData,
-        sampling: Sampling,
         rows_per_step: Size,
         eval_blocks: Size | None,
         eval_levels: Size,
         sample_rounds: Size,
         sample_order: str,
-        seed: int,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
-        self.mask_id = _checked_mask_id(policy, data)
-        self.unmasking = Unmasking(sample_rounds, sample_order, sampling.temperature)
-        self.policy, self.tokenizer, self.data, self.sampling = policy, tokenizer, data, sampling
+        super().__init__(run)
+        self.mask_id = _checked_mask_id(run.policy, run.data)
+        self.unmasking = Unmasking(sample_rounds, sample_order, run.settings.temperature)
         self.rows_per_step, self.eval_blocks, self.eval_levels = rows_per_step, eval_blocks, eval_levels
-        self.seed, self.device, self.rank, self.world_size = seed, device, rank, world_size
 
     @staticmethod
-    def check(*, has_reference: bool, world_size: int, **settings: Any) -> None:
-        if settings["eval_levels"] < 1:
-            raise ConfigError(f"algo.eval_levels={settings['eval_levels']} must be at least 1")
+    def check(setup: Setup, **settings: Any) -> None:
         Unmasking(settings["sample_rounds"], settings["sample_order"])
         rows = settings["rows_per_step"]
-        check_sizes(setting="algo.rows_per_step", per_step=rows, at_least=1, world_size=world_size)
+        check_sizes(setting="algo.rows_per_step", per_step=rows, at_least=1, world_size=setup.world_size)
         check_held_out(setting="algo.eval_blocks", count=settings["eval_blocks"])
 
     def collect(self, batch_index: int) -> Batch:
-        blocks = self.data.batch(batch_index, size=self.rows_per_step, seed=self.seed)
-        mine = torch.arange(self.rank, self.rows_per_step, self.world_size)
-        draws = self._draws(mine, self.data.block_size + 1, seed=self.seed, stream="noise", step=batch_index)
+        blocks = self.run.data.batch(batch_index, size=self.rows_per_step, seed=self.run.settings.seed)
+        mine = torch.arange(self.run.rank, self.rows_per_step, self.run.world_size)
+        draws = self._draws(
+            mine, self.run.data.block_size + 1, seed=self.run.settings.seed, stream="noise", step=batch_index
+        )
         level = (self.rows_per_step - mine - draws[:, 0]) / self.rows_per_step  # t, never rounded to 0
         return self._noised(blocks[mine], draws[:, 1:] < level[:, None], weight=1 / level)
 
-    def loss(self, scorer: Scorer, batch: Batch, totals: Denominators, means: Means, *, update: int) -> Tensor:
+    def loss(
+        self, scorer: Scorer, batch: Batch, denominators: Denominators, metrics: Metrics, *, update: int
+    ) -> Tensor:
         terms, scores = self._terms(scorer, batch)
-        means.add("entropy", scores.entropy, batch.values["noised_ids"] == self.mask_id)
-        return token_mean(terms, batch.rows.completion_mask, num_tokens=totals.num_tokens)
+        metrics.add("entropy", scores.entropy, batch.values["noised_ids"] == self.mask_id)
+        return token_mean(terms, batch.rows.completion_mask, num_tokens=denominators.num_tokens)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
@@ -111,8 +101,8 @@ class Denoise(Algorithm):
         With t integrated out, the number of hidden tokens is uniform on 1 .. T and a mask with n of them weighs T / n,
         which varies much less than 1 / t (LLaDA, section 2.4).
         """
-        scorer, total = Scorer(self.policy), 0.0
-        blocks, size = self.data.validation(max_blocks=self.eval_blocks), self.data.block_size
+        scorer, total = Scorer(self.run.policy), 0.0
+        blocks, size = self.run.data.validation(max_blocks=self.eval_blocks), self.run.data.block_size
         for rows in torch.arange(len(blocks)).split(EVAL_ROWS):
             for k in range(self.eval_levels):
                 draws = self._draws(rows, size + 1, seed=EVAL_SEED, stream="eval noise", step=k)
@@ -123,16 +113,12 @@ class Denoise(Algorithm):
         loss = total / (self.eval_levels * len(blocks) * size)
         return Evaluation({"eval/loss": loss, "eval/perplexity_bound": math.exp(loss)}, self._samples())
 
-    @property
-    def is_evaluated(self) -> bool:
-        return holds_out(self.data)
-
     def plan(self) -> list[tuple[str, str]]:
-        block = self.data.block_size
+        block = self.run.data.block_size
         return [
             ("tokens per step", f"{self.rows_per_step} blocks x {block} = {self.rows_per_step * block:,}"),
             ("held-out bound", f"{self.eval_levels} masks of each block" if self.is_evaluated else NOT_EVALUATED),
-            *((f"data: {name}", f"{count:,}") for name, count in self.data.counts.items()),
+            *self.run.data_plan,
         ]
 
     def _terms(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Scores]:
@@ -144,9 +130,9 @@ class Denoise(Algorithm):
 
     def _noised(self, blocks: Tensor, hidden: Tensor, *, weight: Tensor) -> Batch:
         """View blocks `[B, T + 1]` as one-token prompts with T counted tokens, of which some `[B, T]` are hidden."""
-        rows = text_rows(blocks.to(self.device))
-        noised_ids = torch.where(hidden.to(self.device), self.mask_id, rows.completion_ids)
-        return Batch(rows, {"noised_ids": noised_ids, "weight": weight.to(self.device)})
+        rows = text_rows(blocks.to(self.run.device))
+        noised_ids = torch.where(hidden.to(self.run.device), self.mask_id, rows.completion_ids)
+        return Batch(rows, {"noised_ids": noised_ids, "weight": weight.to(self.run.device)})
 
     def _draws(self, rows: Tensor, count: int, *, seed: int, stream: str, step: int) -> Tensor:
         """Return uniforms in [0, 1), float64 `[B, count]`: each a function of (seed, stream, step, row, place)."""
@@ -156,17 +142,20 @@ class Denoise(Algorithm):
         return torch.from_numpy(made)
 
     def _samples(self) -> list[dict]:
-        blocks = self.data.validation(max_blocks=NUM_SAMPLES).to(self.device)
+        blocks = self.run.data.validation(max_blocks=NUM_SHOWN).to(self.run.device)
         canvas = torch.cat([blocks[:, :1], torch.full_like(blocks[:, 1:], self.mask_id)], dim=1)
-        filled = unmask(self.policy, canvas, how=self.unmasking, seed=EVAL_SEED, stream="eval").tolist()
+        filled = unmask(self.run.policy, canvas, how=self.unmasking, seed=EVAL_SEED, stream=EVAL_STREAM).tolist()
         return [
-            {"prompt": self.tokenizer.decode(ids[:1]), "completion": self.tokenizer.decode(self._shown(ids[1:]))}
+            {
+                "prompt": self.run.tokenizer.decode(ids[:1]),
+                "completion": self.run.tokenizer.decode(self._shown(ids[1:])),
+            }
             for ids in filled
         ]
 
     def _shown(self, ids: list[int]) -> list[int]:
-        end = ids.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in ids else len(ids)
-        return ids[: min(end, self.sampling.max_new_tokens)]
+        end = ids.index(self.run.tokenizer.eos_id) if self.run.tokenizer.eos_id in ids else len(ids)
+        return ids[: min(end, self.run.settings.max_new_tokens)]
 
 
 def _checked_mask_id(policy: CausalLM, data: TextData) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlft.algos.online.parts import Stateful
+from rlft.algos.parts import Stateful
 from rlft.core.errors import ConfigError
 from rlft.core.ranges import Fraction
 from rlft.functional.advantages import discounted_returns
 from rlft.functional.masking import zero_outside
+from rlft.functional.shapes import PerToken
 
 
 class RunningBaseline(Stateful):
@@ -26,7 +27,7 @@ class RunningBaseline(Stateful):
         self.gamma, self.decay = gamma, decay
         self.mean, self.num_batches = 0.0, 0
 
-    def __call__(self, rewards: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, rewards: PerToken, mask: PerToken) -> Tensor:
         """Return `[B, T]` from token rewards `[B, T]`, and count this batch in."""
         returns = discounted_returns(rewards, mask, gamma=self.gamma)
         advantages = zero_outside(returns - self.mean, mask)

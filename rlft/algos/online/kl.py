@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from rlft.algos.online.parts import Stateful
+from rlft.algos.parts import Stateful
 from rlft.core.errors import ConfigError, nearest
 from rlft.functional import kl as estimators
 
@@ -26,7 +26,10 @@ class Controller(Stateful, ABC):
     factor: float = 1.0
 
     def observe(self, *, kl_completion: float, num_tokens: int, num_completions: int) -> None:
-        """Take in a batch: its KL per completion (k1, nats), completion tokens and completions; for the next batch."""
+        """Take in a sampled batch, to set the coefficient of the next one.
+
+        Its KL per completion (k1, nats), its completion tokens, and its completions.
+        """
 
     def state_dict(self) -> dict:
         return {}
@@ -112,14 +115,14 @@ class KLPenalty(Stateful):
         self.estimator, self.where, self.base_coef = estimator, where, coef
         self.controller = controller or Fixed()
         self.is_exact = estimator == EXACT
-        self._seen: dict | None = None  # the batch that the controller has not heard of
 
     def __call__(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        """Return the estimator's value at each token; exact needs more than logprobs (`scoring.token_kl`)."""
+        """Return the estimator's value at each token; the exact KL needs more than logprobs (`ReferenceScores`)."""
         return ESTIMATORS[self.estimator](logprobs, ref_logprobs)
 
     @property
     def coef(self) -> float:
+        """The coefficient for the next batch."""
         return self.base_coef * self.controller.factor
 
     @property
@@ -130,20 +133,8 @@ class KLPenalty(Stateful):
     def is_in_reward(self) -> bool:
         return self.base_coef > 0 and self.where == "reward"
 
-    def start_batch(self) -> None:
-        """Let the controller act on the batch before; the coefficient stays the same for all updates on a batch."""
-        if self._seen is not None:
-            self.controller.observe(**self._seen)
-            self._seen = None
-
-    def end_batch(self, *, kl_completion: float, num_tokens: int, num_completions: int) -> None:
-        """Note what the sampled batch is like: its KL per completion (k1, nats), completion tokens, completions."""
-        seen = {"kl_completion": kl_completion, "num_tokens": num_tokens, "num_completions": num_completions}
-        self._seen = seen
-
     def state_dict(self) -> dict:
-        return {"controller": self.controller.state_dict(), "seen": self._seen}
+        return {"controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.controller.load_state_dict(state["controller"])
-        self._seen = state["seen"]

@@ -12,168 +12,103 @@ Groups without spread are left out, which is a loss of 0: P counts them, so that
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlft.algos.base import Algorithm, Evaluation
-from rlft.algos.offline.examples import check_sizes, summed_logprobs
-from rlft.algos.online.agreement import check_sampler
+from rlft.algos.base import Algorithm, Evaluation, Run, Setup, check_sizes
 from rlft.algos.online.evaluation import Evaluator
-from rlft.algos.online.reference import EXACT_KL_VOCABULARY
-from rlft.algos.online.rollouts import Rollouts, Sampled
-from rlft.algos.online.scoring import add_rollout, sample_rows
+from rlft.algos.online.rollouts import Rollouts
+from rlft.algos.online.scoring import check_sampler, is_exact_kl_logged
 from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
+from rlft.algos.samples import Samples
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError
-from rlft.core.metrics import Clock, Means
-from rlft.core.ranges import Size, SizeOrZero
+from rlft.core.metrics import Metrics
+from rlft.core.ranges import SizeOrZero
 from rlft.data.kinds import Kind
-from rlft.data.prompts import PromptData
-from rlft.data.source import holds_out
 from rlft.functional.preference import best_and_worst
-from rlft.models.base import CausalLM
+from rlft.models.likelihood import summed_logprobs
 from rlft.models.scorer import Scorer
-from rlft.rewards.compose import RewardSum
-from rlft.rollout.sampling import Sampling
-from rlft.text.tokenizer import Tokenizer
 
 
 class OnlineDPO(Algorithm):
     """DPO, or another loss on pairs, of completions that the policy just sampled.
 
-    Arguments (beside the run's objects, which rlft/build.py hands in):
+    Arguments:
         loss, beta: as for `rlft.algos.offline.preference.Preference`.
-        prompts_per_step, group_size: over all ranks; samples per prompt, of which the best and the worst are a pair.
-        eval_prompts: held-out prompts of an evaluation, one completion each.
-        micro_batch, micro_batch_tokens: what one forward of the reference may hold.
         samples_per_step: completions written to samples.jsonl each step.
     """
 
     reads = (Kind.PROMPTS, Kind.CONTEXTS)
+    uses_rewards = uses_reference = True
     objective = ("eval/reward", "max")
 
-    def __init__(
-        self,
-        *,
-        policy: CausalLM,
-        reference: CausalLM | None,
-        rewards: RewardSum,
-        data: PromptData,
-        tokenizer: Tokenizer,
-        sampling: Sampling,
-        seed: int,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager],
-        is_float32: bool,
-        rank: int,
-        world_size: int,
-        clock: Clock,
-        loss: Callable[..., Tensor],
-        beta: float,
-        prompts_per_step: Size,
-        group_size: Size,
-        eval_prompts: Size,
-        micro_batch: Size | None,
-        micro_batch_tokens: Size | None,
-        samples_per_step: SizeOrZero,
-    ) -> None:
-        self.check(
-            has_reference=reference is not None, world_size=world_size, loss=loss, beta=beta,
-            prompts_per_step=prompts_per_step, group_size=group_size,
-        )  # fmt: skip
-        self.pair_loss, self.policy, self.reference = PairLoss(loss, beta=beta), policy, reference
-        self.tokenizer, self.sampling, self.device = tokenizer, sampling, device
-        self.autocast, self.is_float32, self.clock = autocast, is_float32, clock
-        self.prompts_per_step, self.group_size, self.samples_per_step = prompts_per_step, group_size, samples_per_step
-        self.limits: dict[str, Any] = {"max_rows": micro_batch, "max_tokens": micro_batch_tokens}
-        self.rollouts = Rollouts(
-            policy=policy, rewards=rewards, data=data, tokenizer=tokenizer, sampling=sampling, seed=seed, device=device,
-            autocast=autocast, clock=clock, rank=rank, world_size=world_size, prompts_per_step=prompts_per_step,
-            group_size=group_size, max_draws=1,
-        )  # fmt: skip
-        self.evaluator = Evaluator(
-            policy=policy, reference=reference, rewards=rewards, data=data, tokenizer=tokenizer, sampling=sampling,
-            device=device, autocast=autocast, limits=self.limits, num_prompts=eval_prompts,
-            has_exact_kl=reference is not None and policy.vocab_size <= EXACT_KL_VOCABULARY,
-        )  # fmt: skip
-        self._pairs: Batch | None = None
+    def __init__(self, run: Run, *, loss: Callable[..., Tensor], beta: float, samples_per_step: SizeOrZero) -> None:
+        super().__init__(run)
+        self.pair_loss, self.samples_per_step = PairLoss(loss, beta=beta), samples_per_step
+        self.rollouts = Rollouts(run, sampling=run.sampling)
+        self.evaluator = Evaluator(run, run.sampling, has_exact_kl=is_exact_kl_logged(run))
 
     @staticmethod
-    def check(  # type: ignore[override]  # it names the settings that it looks at
-        *,
-        has_reference: bool,
-        world_size: int,
-        loss: Callable[..., Any],
-        beta: float,
-        prompts_per_step: Size,
-        group_size: Size,
-        **_: Any,
-    ) -> None:
+    def check(setup: Setup, **settings: Any) -> None:
         """Raise `ConfigError` for a loss that is none on pairs or lacks its reference, and for groups of one."""
-        check_pair_loss(loss, beta=beta, has_reference=has_reference)
-        check_sizes(setting="prompts_per_step", per_step=prompts_per_step, at_least=1, world_size=world_size)
+        check_pair_loss(settings["loss"], beta=settings["beta"], has_reference=setup.has_reference)
+        prompts, group_size = setup.settings.prompts_per_step, setup.settings.group_size
+        check_sizes(setting="prompts_per_step", per_step=prompts, at_least=1, world_size=setup.world_size)
         if group_size < 2:
             raise ConfigError(f"group_size={group_size}: a pair needs at least 2 samples of a prompt")
 
     def collect(self, batch_index: int) -> Batch:
-        """prompts -> rollout -> rewards -> pairs. The batch holds all samples; `minibatch` returns the pairs."""
-        sampled = self.rollouts(batch_index)
-        best, worst, is_pair = best_and_worst(sampled.scored.total, group_size=self.group_size)
-        rollout, means = sampled.rollout, Means()
-        add_rollout(means, sampled.scored, rollout, group_size=self.group_size)
-        means.add("objective/scores_margin", (sampled.scored.total[best] - sampled.scored.total[worst]), is_pair)
+        """prompts -> rollout -> rewards -> pairs. The batch holds all samples, and trains on the pairs."""
+        samples = self.rollouts(batch_index)
+        best, worst, is_pair = best_and_worst(samples.total, group_size=samples.group_size)
+        rollout, metrics = samples.rollout, Metrics()
+        samples.add_rollout(metrics)
+        metrics.add("objective/scores_margin", samples.total[best] - samples.total[worst], is_pair)
         # A rank without any pair keeps one, which does not count, so that every rank takes part in the step.
         kept = is_pair.nonzero()[:, 0] if is_pair.any() else torch.tensor([0])
-        index = torch.stack([best[kept], worst[kept]], dim=1).flatten().to(self.device)
-        everything = Batch(rollout.rows, {"old_logprobs": rollout.logprobs}, means, self._samples(sampled, best, worst))
+        index = torch.stack([best[kept], worst[kept]], dim=1).flatten().to(self.run.device)
+        everything = Batch(rollout.rows, {"old_logprobs": rollout.logprobs}, metrics, self._shown(samples, best, worst))
         pairs = replace(everything.select(index), rows_per_unit=ROWS_PER_PAIR)
-        pairs.values["is_pair"] = is_pair[kept].repeat_interleave(ROWS_PER_PAIR).to(self.device)
-        if self.reference is not None and self.pair_loss.needs_reference:
-            with self.clock("reference"), self.autocast():
-                pairs.values["ref_logprobs"] = summed_logprobs(
-                    self.reference, pairs, limits=self.limits, temperature=self.sampling.temperature
-                )
-        self._pairs = pairs
-        return everything
+        pairs.values["is_pair"] = is_pair[kept].repeat_interleave(ROWS_PER_PAIR).to(self.run.device)
+        if self.pair_loss.needs_reference:
+            pairs.values["ref_logprobs"] = self._ref_logprobs(pairs)
+        return replace(everything, trained=pairs)
 
-    def minibatch(self, batch: Batch, update: int) -> Batch:
-        assert self._pairs is not None
-        return self._pairs
+    def minibatch(self, batch: Batch, update: int, *, before: dict[str, float]) -> Batch | None:
+        return batch.trained
 
-    def loss(self, scorer: Scorer, batch: Batch, totals: Denominators, means: Means, *, update: int) -> Tensor:
+    def loss(
+        self, scorer: Scorer, batch: Batch, denominators: Denominators, metrics: Metrics, *, update: int
+    ) -> Tensor:
         mask, values = batch.rows.completion_mask, batch.values
-        scores = scorer(batch.rows, temperature=self.sampling.temperature)
-        means.add("entropy", scores.entropy, mask)
-        check_sampler(scores.logprobs, values["old_logprobs"], mask, means, is_float32=self.is_float32)
+        scores = scorer(batch.rows, temperature=self.run.settings.temperature)
+        metrics.add("entropy", scores.entropy, mask)
+        check_sampler(scores.logprobs, values["old_logprobs"], mask, metrics, is_float32=self.run.is_float32)
         is_pair = values["is_pair"][0::2]
         losses = self.pair_loss(
-            scores.logprobs.sum(dim=1), mask.sum(dim=1), values.get("ref_logprobs"), means, is_counted=is_pair
+            scores.logprobs.sum(dim=1), mask.sum(dim=1), values.get("ref_logprobs"), metrics, is_counted=is_pair
         )
-        return torch.where(is_pair, losses, 0.0).sum() / self.prompts_per_step
+        return torch.where(is_pair, losses, 0.0).sum() / self.run.settings.prompts_per_step
 
     def evaluate(self) -> Evaluation:
         return self.evaluator()
 
-    @property
-    def is_evaluated(self) -> bool:
-        return holds_out(self.rollouts.data)
-
     def plan(self) -> list[tuple[str, str]]:
-        rewards = self.rollouts.rewards
-        return [
-            *self.rollouts.plan(),
-            ("pairs per step", f"at most {self.prompts_per_step:,}"),
-            ("rewards", ", ".join(f"{weight:g} x {name}" for name, weight in rewards.weights.items())),
-            *((f"data: {name}", f"{count:,}") for name, count in self.rollouts.data.counts.items()),
-        ]
+        pairs = ("pairs per step", f"at most {self.run.settings.prompts_per_step:,}")
+        return [*self.rollouts.plan(), pairs, self.rollouts.rewards_plan(), *self.run.data_plan]
 
-    def _samples(self, sampled: Sampled, best: Tensor, worst: Tensor) -> list[dict]:
-        rows = sample_rows(
-            self.tokenizer, sampled.prompt_of_row, sampled.rollout, sampled.scored, count=self.samples_per_step
-        )
+    def _ref_logprobs(self, pairs: Batch) -> Tensor:
+        run = self.run
+        assert run.reference is not None
+        with run.clock("reference"), run.autocast():
+            return summed_logprobs(
+                run.reference, pairs, limits=run.settings.limits, temperature=run.settings.temperature
+            )
+
+    def _shown(self, samples: Samples, best: Tensor, worst: Tensor) -> list[dict]:
         place = dict.fromkeys(best.tolist(), "chosen") | dict.fromkeys(worst.tolist(), "rejected")
-        return [row | {"pair": place.get(i)} for i, row in enumerate(rows)]
+        return [row | {"pair": place.get(i)} for i, row in enumerate(samples.rows(self.samples_per_step))]

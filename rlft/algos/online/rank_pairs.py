@@ -5,25 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from rlft.algos.offline.examples import check_sizes
+from rlft.algos.base import Run, Setup, check_sizes
 from rlft.algos.online.rollouts import Rollouts
 from rlft.core.errors import ConfigError, RewardError
-from rlft.core.metrics import Clock
 from rlft.data.kinds import Kind
-from rlft.data.prompts import PromptData
 from rlft.functional.preference import best_and_worst
-from rlft.models.base import CausalLM
-from rlft.rewards.compose import RewardSum
-from rlft.rollout.sampling import Sampling
-from rlft.text.tokenizer import Tokenizer
 
-MIN_PAIRS_PER_GROUP = 0.01  # fewer groups with spread than this, over MIN_GROUPS, and no file will ever be full
+MIN_PAIRS_PER_GROUP = 0.01  # with a smaller share of groups that differ, over MIN_GROUPS of them, it gives up
 MIN_GROUPS = 500
 
 
@@ -35,65 +26,32 @@ class RankPairs:
     Built by rlft/build.py in an algorithm's place, from the same settings; it trains nothing. A group is sampled for
     each training prompt, in the order of a run with the same seed. One without spread is passed over.
 
-    Arguments (beside the run's objects):
+    Arguments:
         path: the JSON-lines file to write; it must not exist, and appears when it is whole.
         num_pairs: how many to write.
-        prompts_per_step, group_size: prompts sampled at once; samples of each.
     """
 
     reads = (Kind.PROMPTS, Kind.CONTEXTS)
+    uses_rewards, uses_reference = True, False
 
-    def __init__(
-        self,
-        *,
-        policy: CausalLM,
-        rewards: RewardSum,
-        data: PromptData,
-        tokenizer: Tokenizer,
-        sampling: Sampling,
-        seed: int,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager],
-        world_size: int,
-        clock: Clock,
-        path: str,
-        num_pairs: int,
-        prompts_per_step: int,
-        group_size: int,
-    ) -> None:
-        self.check(
-            has_reference=False, world_size=world_size, path=path, num_pairs=num_pairs, group_size=group_size,
-            prompts_per_step=prompts_per_step,
-        )  # fmt: skip
-        self.path, self.num_pairs, self.group_size, self.tokenizer = Path(path), num_pairs, group_size, tokenizer
-        self.rollouts = Rollouts(
-            policy=policy, rewards=rewards, data=data, tokenizer=tokenizer, sampling=sampling, seed=seed, device=device,
-            autocast=autocast, clock=clock, rank=0, world_size=1, prompts_per_step=prompts_per_step,
-            group_size=group_size, max_draws=1,
-        )  # fmt: skip
+    def __init__(self, run: Run, *, path: str, num_pairs: int) -> None:
+        self.path, self.num_pairs = Path(path), num_pairs
+        self.rollouts = Rollouts(run, sampling=run.sampling)
 
     @staticmethod
-    def check(
-        *,
-        has_reference: bool,
-        world_size: int,
-        path: str,
-        num_pairs: int,
-        prompts_per_step: int,
-        group_size: int,
-        **_: Any,
-    ) -> None:
+    def check(setup: Setup, **settings: Any) -> None:
         """Raise `ConfigError` for a file that exists, no directory for it, or no pairs to be had."""
+        path, num_pairs, group_size = settings["path"], settings["num_pairs"], setup.settings.group_size
         if Path(path).exists() or not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"algo.path={path} must be a new file in a directory that exists")
         if num_pairs < 1 or group_size < 2:
             raise ConfigError(f"algo.num_pairs={num_pairs} must be at least 1, and group_size={group_size} at least 2")
-        check_sizes(setting="prompts_per_step", per_step=prompts_per_step, at_least=1, world_size=1)
-        if world_size > 1:
-            raise ConfigError(f"pairs are written by one process, and there are {world_size}")
+        check_sizes(setting="prompts_per_step", per_step=setup.settings.prompts_per_step, at_least=1, world_size=1)
+        if setup.world_size > 1:
+            raise ConfigError(f"pairs are written by one process, and there are {setup.world_size}")
 
     def write(self, report: Callable[[int], None] = lambda _: None) -> dict[str, float]:
-        """Sample, rank and write; `report` hears how many pairs there are. Returns what a person may want to know.
+        """Sample, rank and write; `report` is called with the number of pairs so far. Returns counts and mean rewards.
 
         Raises `RewardError` where next to no group has spread.
         """
@@ -113,10 +71,10 @@ class RankPairs:
         return {"pairs": len(rows), "groups": num_groups, **means}
 
     def _pairs(self, step: int) -> tuple[list[dict], int]:
-        sampled = self.rollouts(step)
-        best, worst, is_pair = best_and_worst(sampled.scored.total, group_size=self.group_size)
-        texts, rewards = self.tokenizer.decode_batch(sampled.rollout.completions()), sampled.scored.total.tolist()
-        ends = [reason == "stop" for reason in sampled.rollout.finish_reasons]
+        samples = self.rollouts(step)
+        best, worst, is_pair = best_and_worst(samples.total, group_size=samples.group_size)
+        texts, rewards = samples.texts, samples.total.tolist()
+        ends = [reason == "stop" for reason in samples.rollout.finish_reasons]
         rows = [
             {
                 "prompt": prompt.text,
@@ -128,8 +86,8 @@ class RankPairs:
                 "score_rejected": rewards[low],
             }
             for prompt, high, low, counts in zip(
-                sampled.prompts, best.tolist(), worst.tolist(), is_pair.tolist(), strict=True
+                samples.prompts, best.tolist(), worst.tolist(), is_pair.tolist(), strict=True
             )
             if counts and (texts[high], ends[high]) != (texts[low], ends[low])  # other ids may give the same text
         ]
-        return rows, len(sampled.prompts)
+        return rows, len(samples.prompts)

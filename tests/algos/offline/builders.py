@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from hydra.utils import get_class
 from torch import Tensor
 
 from rlft import build
 from rlft.core.batch import Batch, Denominators
-from rlft.core.metrics import Clock, Means
+from rlft.core.metrics import Metrics
 from rlft.data.completions import CompletionData
 from rlft.data.labelled import LabelledData, UnpairedData
 from rlft.data.preferences import PreferenceData
 from rlft.data.source import Row
 from rlft.models.scorer import Scorer
-from rlft.rollout.sampling import Sampling
-from tests.builders import CPU, TOKENIZER, algorithm_node, tiny
+from tests.builders import TOKENIZER, algorithm_node, run_of, tiny
 
 # Prompts of 1 to 7 tokens, completions of 1 to 6 (their end token comes on top); two pairs share a prompt's text.
 PAIRS = [
@@ -74,19 +70,10 @@ def labelled(
     return LabelledData(source, tokenizer=TOKENIZER, **knobs)
 
 
-def build_offline(
-    name: str, *overrides: str, policy: Any = None, reference: Any = None, data: Any, **given: Any
-) -> Any:
-    """Build an algorithm from its YAML, handed those of the run's objects that it names."""
-    roots = {"prompts_per_step": 2, "group_size": 3, "eval_prompts": 4, "micro_batch": None, "micro_batch_tokens": None}
-    node = algorithm_node(name, overrides, **(roots | {k: given.pop(k) for k in list(given) if k in roots}))
-    objects = {
-        "policy": policy or tiny(9, spread=0.25).double(), "reference": reference, "data": data, "tokenizer": TOKENIZER,
-        "sampling": Sampling(4), "seed": 0, "device": CPU, "autocast": nullcontext, "is_float32": True, "rank": 0,
-        "world_size": 1, "clock": Clock(),
-    }  # fmt: skip
-    wanted = inspect.signature(get_class(node["_target_"])).parameters
-    return build.algorithm(node, **{key: value for key, value in (objects | given).items() if key in wanted})
+def build_offline(name: str, *overrides: str, policy: Any = None, data: Any, **given: Any) -> Any:
+    """Build an algorithm from its YAML."""
+    run = run_of(policy or tiny(9, spread=0.25).double(), data, **({"max_new_tokens": 4} | given))
+    return build.algorithm(algorithm_node(name, overrides), run)
 
 
 def reference() -> Any:
@@ -98,13 +85,15 @@ def totals(batch: Batch) -> Denominators:
     return Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
 
 
-def loss_of(algorithm: Any, batch: Batch, means: Means | None = None) -> Tensor:
-    return algorithm.loss(Scorer(algorithm.policy, algorithm.head), batch, totals(batch), means or Means(), update=0)
+def loss_of(algorithm: Any, batch: Batch, metrics: Metrics | None = None) -> Tensor:
+    return algorithm.loss(
+        Scorer(algorithm.run.policy, algorithm.head), batch, totals(batch), metrics or Metrics(), update=0
+    )
 
 
 def gradient(loss: Tensor, algorithm: Any) -> Tensor:
     """Of all parameters that are trained, as one vector."""
-    modules = [module for module in (algorithm.policy, algorithm.head) if module is not None]
+    modules = [module for module in (algorithm.run.policy, algorithm.head) if module is not None]
     parameters = [parameter for module in modules for parameter in module.parameters()]
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     filled = (torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True))

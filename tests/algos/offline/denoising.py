@@ -8,8 +8,7 @@ from torch import Tensor
 from rlft.algos.offline.denoise import Denoise
 from rlft.data.text import TextData
 from rlft.models.gpt2 import GPT2, GPT2Config
-from rlft.rollout.sampling import Sampling
-from tests.builders import CPU, TOKENIZER, FixedText
+from tests.builders import FixedText, run_of
 from tests.models.tiny import shaken
 
 MASK = 12  # the id behind the tokenizer's twelve
@@ -34,10 +33,10 @@ def random_blocks(count: int, size: int, *, seed: int) -> Tensor:
 
 def denoise(policy: GPT2, data: Text, *, cls: type[Denoise] = Denoise, **changes) -> Denoise:
     settings = {
-        "sampling": Sampling(32), "rows_per_step": 4, "eval_blocks": None, "eval_levels": 2, "sample_rounds": 3,
-        "sample_order": "confidence", "seed": 0,
+        "rows_per_step": 4, "eval_blocks": None, "eval_levels": 2, "sample_rounds": 3, "sample_order": "confidence",
     }  # fmt: skip
-    return cls(policy=policy, tokenizer=TOKENIZER, data=data, device=CPU, **(settings | changes))
+    own = {name: changes.pop(name, value) for name, value in settings.items()}
+    return cls(run_of(policy, data, **({"max_new_tokens": 32} | changes)), **own)
 
 
 def one_block(ids: list[int] = BLOCK, **changes) -> Denoise:

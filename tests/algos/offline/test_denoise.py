@@ -12,7 +12,7 @@ from torch import Tensor
 from rlft.algos.offline.denoise import Denoise
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.gpt2 import GPT2
 from rlft.models.scorer import Scorer
 from tests.algos.offline.denoising import BLOCK, MASK, Text, bidirectional, denoise, one_block, random_blocks
@@ -26,7 +26,7 @@ def algorithm() -> Denoise:
 
 def loss_of(algorithm: Denoise, batch: Batch, totals: Denominators | None = None) -> Tensor:
     totals = totals or Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-    return algorithm.loss(Scorer(algorithm.policy), batch, totals, Means(), update=0)
+    return algorithm.loss(Scorer(algorithm.run.policy), batch, totals, Metrics(), update=0)
 
 
 def noised(algorithm: Denoise, ids: list[int], hidden: tuple[int, ...], *, t: float) -> Batch:
@@ -50,7 +50,7 @@ def expected_loss(algorithm: Denoise, ids: list[int], t: float) -> float:
 @pytest.mark.parametrize("t", [0.05, 0.4, 0.9, 1.0])
 def test_expected_loss_over_all_masks_is_that_of_predicting_each_token_from_a_random_rest(t):
     algorithm = one_block()
-    expected = expected_nll(algorithm.policy, BLOCK, t) / 4
+    expected = expected_nll(algorithm.run.policy, BLOCK, t) / 4
     assert expected > 1.0
     assert expected_loss(algorithm, BLOCK, t) == pytest.approx(expected, rel=1e-12)
 
@@ -64,7 +64,7 @@ def integrated(algorithm: Denoise, ids: list[int]) -> float:
 @pytest.mark.parametrize("ids", [[5, 1], [3, 7, 0], BLOCK], ids=str)
 def test_the_mean_over_noise_levels_is_the_mean_over_all_orders_of_writing(ids):
     algorithm = one_block(ids)
-    orders = order_nlls(algorithm.policy, ids)
+    orders = order_nlls(algorithm.run.policy, ids)
     assert len(orders) == math.factorial(len(ids) - 1)
     assert integrated(algorithm, ids) == pytest.approx(np.mean(orders) / (len(ids) - 1), rel=1e-12)
 
@@ -74,17 +74,17 @@ def test_the_bound_is_above_the_negative_log_likelihood_and_only_a_single_token_
     algorithm = denoise(bidirectional(vocab_size=5), Text(block, block))
     gaps, mass = [], 0.0
     for x, y in itertools.product(range(5), repeat=2):
-        nll = any_order_nll(algorithm.policy, [3, x, y])
+        nll = any_order_nll(algorithm.run.policy, [3, x, y])
         mass += math.exp(-nll)
         gaps.append(2 * integrated(algorithm, [3, x, y]) - nll)
     assert mass == pytest.approx(1.0, rel=1e-12)  # what the bound is on is a distribution
     assert min(gaps) > 1e-5 and max(gaps) > 0.01
-    single = any_order_nll(algorithm.policy, [3, 1])
+    single = any_order_nll(algorithm.run.policy, [3, 1])
     assert integrated(algorithm, [3, 1]) == pytest.approx(single, rel=1e-12)
 
 
 def test_loss_and_gradient_are_those_of_a_plain_forward(algorithm):
-    policy, batch = algorithm.policy, algorithm.collect(0)
+    policy, batch = algorithm.run.policy, algorithm.collect(0)
     ids, noised_ids = batch.rows.completion_ids, batch.values["noised_ids"]
     hidden = noised_ids == MASK
     inputs = torch.cat([batch.rows.prompt_ids, noised_ids], dim=1)
@@ -99,7 +99,7 @@ def test_loss_and_gradient_are_those_of_a_plain_forward(algorithm):
 
 
 def gradients(algorithm: Denoise, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(algorithm.policy.parameters())))
+    return list(torch.autograd.grad(loss, list(algorithm.run.policy.parameters())))
 
 
 def test_a_shown_token_is_no_target(algorithm):
@@ -146,7 +146,7 @@ def test_noise_follows_from_seed_step_and_row():
     algorithm = one_block([1] * 30, rows_per_step=3)  # the same text in every row of every step
 
     def noise(index: int, seed: int = 0) -> list[str]:
-        algorithm.seed = seed
+        algorithm.run.seed = seed
         values = algorithm.collect(index).values
         return [str(ids) for ids in [values["weight"].tolist(), *values["noised_ids"].tolist()]]
 
@@ -157,7 +157,7 @@ def test_noise_follows_from_seed_step_and_row():
 def test_noise_hides_tokens_and_changes_none():
     algorithm = denoise(bidirectional(), Text(random_blocks(9, 8, seed=0), random_blocks(2, 8, seed=1)))
     batch = algorithm.collect(0)
-    blocks = algorithm.data.batch(0, size=4, seed=0)
+    blocks = algorithm.run.data.batch(0, size=4, seed=0)
     assert torch.equal(torch.cat([batch.rows.prompt_ids, batch.rows.completion_ids], dim=1), blocks)
     noised_ids = batch.values["noised_ids"]
     assert ((noised_ids == blocks[:, 1:]) | (noised_ids == MASK)).all()

@@ -33,12 +33,12 @@ def moments(policy: GPT2, ids: list[int]) -> dict[int, tuple[float, float]]:
 def test_held_out_bound_is_unbiased_and_stratified():
     """1,000 copies of one block against the exact bound: with one mask each, and with one of each size."""
     algorithm = one_block()
-    exact = moments(algorithm.policy, BLOCK)
+    exact = moments(algorithm.run.policy, BLOCK)
     bound = np.mean([mean for mean, _ in exact.values()])
-    assert bound == pytest.approx(np.mean(order_nlls(algorithm.policy, BLOCK)) / 4, rel=1e-12)
+    assert bound == pytest.approx(np.mean(order_nlls(algorithm.run.policy, BLOCK)) / 4, rel=1e-12)
     within = np.mean([variance for _, variance in exact.values()])
     between = np.var([mean for mean, _ in exact.values()])
-    algorithm.data.held_out = torch.tensor([BLOCK]).expand(1000, -1)
+    algorithm.run.data.held_out = torch.tensor([BLOCK]).expand(1000, -1)
     errors = {}
     for levels, variance in ((1, within + between), (4, within / 4)):
         algorithm.eval_levels = levels
@@ -49,7 +49,7 @@ def test_held_out_bound_is_unbiased_and_stratified():
 
 def test_each_mask_of_a_held_out_block_hides_its_share_of_sizes(monkeypatch):
     algorithm = one_block()
-    algorithm.data.held_out = torch.tensor([BLOCK]).expand(30, -1)
+    algorithm.run.data.held_out = torch.tensor([BLOCK]).expand(30, -1)
     sizes: list[list[int]] = []
     noised = algorithm._noised
     monkeypatch.setattr(algorithm, "_noised", lambda *a, **k: sizes.append(a[1].sum(dim=1).tolist()) or noised(*a, **k))
@@ -78,26 +78,26 @@ def test_evaluation_reads_every_held_out_block_whatever_its_chunks(algorithm, mo
     whole = algorithm.evaluate().metrics["eval/loss"]  # 70 blocks: chunks of 32, 32 and 6
     monkeypatch.setattr("rlft.algos.offline.denoise.EVAL_ROWS", 7)
     assert algorithm.evaluate().metrics["eval/loss"] == pytest.approx(whole, rel=1e-12)
-    algorithm.data.held_out = algorithm.data.held_out[:5]
+    algorithm.run.data.held_out = algorithm.run.data.held_out[:5]
     few = algorithm.evaluate().metrics["eval/loss"]
-    algorithm.data.held_out, algorithm.eval_blocks = random_blocks(70, 8, seed=1), 5
+    algorithm.run.data.held_out, algorithm.eval_blocks = random_blocks(70, 8, seed=1), 5
     assert algorithm.evaluate().metrics["eval/loss"] == few != whole
 
 
 def test_evaluation_does_not_depend_on_the_runs_seed_and_is_the_same_twice(algorithm):
     first = algorithm.evaluate()
-    algorithm.seed = 5
+    algorithm.run.seed = 5
     assert algorithm.evaluate() == first
 
 
 @pytest.mark.parametrize("order", ["confidence", "ancestral"])
 def test_samples_go_on_from_the_first_token_of_held_out_blocks_to_the_end_of_the_text(algorithm, order):
-    algorithm = denoise(algorithm.policy, algorithm.data, sample_order=order)
+    algorithm = denoise(algorithm.run.policy, algorithm.run.data, sample_order=order)
     texts = {}
     for longest in (7, 3):
         algorithm.sampling = Sampling(longest)
         samples = algorithm.evaluate().samples
-        assert [s["prompt"] for s in samples] == [TOKENIZER.decode([i]) for i in algorithm.data.held_out[:5, 0]]
+        assert [s["prompt"] for s in samples] == [TOKENIZER.decode([i]) for i in algorithm.run.data.held_out[:5, 0]]
         texts[longest] = [s["completion"] for s in samples]
     assert texts[3] == [text[:3] for text in texts[7]]
     assert max(map(len, texts[7])) <= 7

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlft.core.errors import ConfigError, DataError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from tests.algos.offline.builders import JUDGED, build_offline, gradient, judged, loss_of, reference, totals, widened
 from tests.builders import perturbed, tiny
@@ -25,8 +25,8 @@ def made(*overrides: str, **given):
 
 def log_ratio(algorithm, prompt: list[int], completion: list[int]) -> Tensor:
     with torch.no_grad():
-        ref = plain_logprobs(algorithm.reference, prompt, completion).sum()
-    return plain_logprobs(algorithm.policy, prompt, completion).sum() - ref
+        ref = plain_logprobs(algorithm.run.reference, prompt, completion).sum()
+    return plain_logprobs(algorithm.run.policy, prompt, completion).sum() - ref
 
 
 @torch.no_grad()
@@ -49,21 +49,21 @@ def naive_loss(algorithm, examples, z0: float) -> Tensor:
 
 
 def drawn(algorithm, index: int):
-    return algorithm.data.batch(index, size=4, seed=0)
+    return algorithm.run.data.batch(index, size=4, seed=0)
 
 
 def swapped(algorithm):
     """The algorithm with policy and reference exchanged, whose z0 has the other sign."""
-    return made(policy=algorithm.reference, reference=algorithm.policy)
+    return made(policy=algorithm.run.reference, reference=algorithm.run.policy)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("exchanged", [False, True])
 def test_loss_and_gradient_equal_a_naive_loop(index, exchanged):
     algorithm = swapped(made()) if exchanged else made()
-    examples, batch, means = drawn(algorithm, index), algorithm.collect(index), Means()
+    examples, batch, means = drawn(algorithm, index), algorithm.collect(index), Metrics()
     z0 = naive_z0(algorithm, examples)
-    assert batch.means.local()["kl"] == pytest.approx(z0, rel=1e-12)
+    assert batch.metrics.local()["kl"] == pytest.approx(z0, rel=1e-12)
     loss, expected = loss_of(algorithm, batch, means), naive_loss(algorithm, examples, z0)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     got, wanted = gradient(loss, algorithm), gradient(expected, algorithm)
@@ -72,7 +72,7 @@ def test_loss_and_gradient_equal_a_naive_loop(index, exchanged):
 
 
 def test_z0_is_above_zero_for_one_of_the_two_and_never_below():
-    values = [algorithm.collect(0).means.local()["kl"] for algorithm in (made(), swapped(made()))]
+    values = [algorithm.collect(0).metrics.local()["kl"] for algorithm in (made(), swapped(made()))]
     assert min(values) == 0.0 and max(values) > 0.1
 
 
@@ -92,19 +92,19 @@ def test_a_mismatched_completion_is_cut_at_the_end_of_the_context():
         algorithm = made(policy=own, reference=ref, data=judged(records))
         for index in range(3):
             expected = naive_z0(algorithm, drawn(algorithm, index), room=9)
-            assert algorithm.collect(index).means.local()["kl"] == pytest.approx(expected, rel=1e-12)
+            assert algorithm.collect(index).metrics.local()["kl"] == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("limits", [{"max_rows": 1}, {"max_rows": 3}, {"max_tokens": 17}])
 def test_shares_of_micro_batches_add_up_to_the_whole_gradient(limits):
     algorithm = swapped(made())
-    batch, whole, means = algorithm.collect(1), Means(), Means()
+    batch, whole, means = algorithm.collect(1), Metrics(), Metrics()
     assert batch.values["z0"][0] > 0
     expected = gradient(loss_of(algorithm, batch, whole), algorithm)
     micros, got = list(batch.micro_batches(**limits)), torch.zeros_like(expected)
     assert len(micros) > 1
     for micro in micros:
-        share = algorithm.loss(Scorer(algorithm.policy), micro, totals(batch), means, update=0)
+        share = algorithm.loss(Scorer(algorithm.run.policy), micro, totals(batch), means, update=0)
         got += gradient(share, algorithm)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert means.local() == pytest.approx(whole.local(), rel=1e-12, abs=1e-12)
@@ -120,13 +120,13 @@ def test_z0_is_of_the_policy_that_begins_the_step_with_no_gradient():
     algorithm = swapped(made())
     batch = algorithm.collect(1)
     before = float(batch.values["z0"][0])
-    perturbed(algorithm.policy, seed=4, spread=0.1)
+    perturbed(algorithm.run.policy, seed=4, spread=0.1)
     expected = naive_loss(algorithm, drawn(algorithm, 1), before)
     torch.testing.assert_close(loss_of(algorithm, batch), expected, rtol=1e-12, atol=0)
 
 
 def test_metrics_are_means_over_each_kind():
-    algorithm, means = made(), Means()
+    algorithm, means = made(), Metrics()
     examples = drawn(algorithm, 0)
     loss_of(algorithm, algorithm.collect(0), means)
     row, kinds = means.local(), {1: "chosen", 0: "rejected"}
@@ -140,7 +140,7 @@ def test_metrics_are_means_over_each_kind():
 
 def test_evaluation_takes_z0_over_all_held_out_completions():
     for algorithm in (made(micro_batch=2), swapped(made())):
-        examples = algorithm.data.examples("validation")
+        examples = algorithm.run.data.examples("validation")
         expected = float(naive_loss(algorithm, examples, naive_z0(algorithm, examples)).detach())
         metrics = algorithm.evaluate().metrics
         assert metrics["eval/loss"] == pytest.approx(expected, rel=1e-12)
@@ -149,7 +149,7 @@ def test_evaluation_takes_z0_over_all_held_out_completions():
 
 
 def test_a_batch_of_one_kind_has_no_metrics_of_the_other():
-    algorithm, means = made(data=judged([record for record in JUDGED if record[2] == 1])), Means()
+    algorithm, means = made(data=judged([record for record in JUDGED if record[2] == 1])), Metrics()
     loss = loss_of(algorithm, algorithm.collect(0), means)
     assert math.isfinite(float(loss.detach())) and "rewards/rejected" not in means.local()
     assert "eval/rewards/margins" not in algorithm.evaluate().metrics

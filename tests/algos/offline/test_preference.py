@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlft.core.errors import ConfigError, DataError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from tests.algos.offline.builders import PAIRS, build_offline, gradient, loss_of, pairs, reference, totals, widened
 from tests.builders import TOKENIZER, tiny
@@ -37,10 +37,10 @@ def naive_losses(name: str, algorithm, examples) -> list[Tensor]:
     """Each pair's loss, written out; nothing of it comes from rlft.functional."""
     beta, losses = BETA[name], []
     for example in examples:
-        chosen, rejected, num_chosen, num_rejected = plain(algorithm.policy, example)
+        chosen, rejected, num_chosen, num_rejected = plain(algorithm.run.policy, example)
         if name in WITH_REFERENCE:
             with torch.no_grad():
-                ref_chosen, ref_rejected, *_ = plain(algorithm.reference, example)
+                ref_chosen, ref_rejected, *_ = plain(algorithm.run.reference, example)
             h = (chosen - ref_chosen) - (rejected - ref_rejected)
             losses.append(torch.log1p(torch.exp(-beta * h)) if name == "dpo" else (h - 1 / (2 * beta)) ** 2)
         elif name == "simpo":
@@ -55,7 +55,7 @@ def naive_losses(name: str, algorithm, examples) -> list[Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradient_equal_a_naive_loop(name):
     algorithm = made(name)
-    examples, batch = algorithm.data.batch(1, size=5, seed=0), algorithm.collect(1)
+    examples, batch = algorithm.run.data.batch(1, size=5, seed=0), algorithm.collect(1)
     assert len({len(ids) for example in examples for ids in example.completions}) > 2  # padding is there
     loss = loss_of(algorithm, batch)
     expected = sum(naive_losses(name, algorithm, examples)) / 5
@@ -73,7 +73,7 @@ def test_completions_end_with_the_counted_end_token():
 
 def test_rows_of_a_pair_stand_together_and_share_their_prompt():
     algorithm = made("dpo")
-    batch, examples = algorithm.collect(0), algorithm.data.batch(0, size=5, seed=0)
+    batch, examples = algorithm.collect(0), algorithm.run.data.batch(0, size=5, seed=0)
     assert batch.rows.prompt_of_row.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert len(batch.rows.prompt_ids) == 5
     ids = [row[mask].tolist() for row, mask in zip(batch.rows.completion_ids, batch.rows.completion_mask, strict=True)]
@@ -84,12 +84,12 @@ def test_rows_of_a_pair_stand_together_and_share_their_prompt():
 @pytest.mark.parametrize("limits", [{"max_rows": 1}, {"max_rows": 3}, {"max_rows": 4}, {"max_tokens": 33}])
 def test_shares_of_micro_batches_add_up_to_the_whole_gradient(name, limits):
     algorithm = made(name)
-    batch, whole, means = algorithm.collect(1), Means(), Means()
+    batch, whole, means = algorithm.collect(1), Metrics(), Metrics()
     expected = gradient(loss_of(algorithm, batch, whole), algorithm)
     micros, got = list(batch.micro_batches(**limits)), torch.zeros_like(expected)
     assert len(micros) > 1 and all(micro.num_rows % 2 == 0 for micro in micros)
     for micro in micros:
-        share = algorithm.loss(Scorer(algorithm.policy), micro, totals(batch), means, update=0)
+        share = algorithm.loss(Scorer(algorithm.run.policy), micro, totals(batch), means, update=0)
         got += gradient(share, algorithm)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert means.local() == pytest.approx(whole.local(), rel=1e-12, abs=1e-12)
@@ -116,7 +116,7 @@ def test_gradient_of_dpo_at_the_initial_policy_is_half_beta_times_the_difference
     loss = loss_of(algorithm, algorithm.collect(1))
     assert float(loss.detach()) == pytest.approx(math.log(2), rel=1e-14)
     difference = torch.zeros((), dtype=torch.float64)
-    for example in algorithm.data.batch(1, size=5, seed=0):
+    for example in algorithm.run.data.batch(1, size=5, seed=0):
         chosen, rejected, *_ = plain(policy, example)
         difference = difference + (chosen - rejected) / 5
     wanted = -BETA["dpo"] / 2 * gradient(difference, algorithm)
@@ -125,13 +125,13 @@ def test_gradient_of_dpo_at_the_initial_policy_is_half_beta_times_the_difference
 
 @pytest.mark.parametrize("name", NAMES)
 def test_metrics_are_trls(name):
-    algorithm, means = made(name), Means()
+    algorithm, means = made(name), Metrics()
     loss_of(algorithm, algorithm.collect(2), means)
     rewards: list[list[float]] = [[], []]
     sums: list[list[float]] = [[], []]
-    for example in algorithm.data.batch(2, size=5, seed=0):
-        *both, num_chosen, num_rejected = plain(algorithm.policy, example)
-        refs = plain(algorithm.reference, example)[:2] if name in WITH_REFERENCE else (0.0, 0.0)
+    for example in algorithm.run.data.batch(2, size=5, seed=0):
+        *both, num_chosen, num_rejected = plain(algorithm.run.policy, example)
+        refs = plain(algorithm.run.reference, example)[:2] if name in WITH_REFERENCE else (0.0, 0.0)
         for i, length in enumerate((num_chosen, num_rejected)):
             score = float((both[i] - refs[i]).detach())
             rewards[i].append(BETA[name] * (score if name in WITH_REFERENCE else score / length))
@@ -153,15 +153,15 @@ def test_metrics_are_trls(name):
 def test_evaluation_is_the_mean_loss_over_held_out_pairs(name, micro_batch):
     held_out = [("bb", "c", "dk"), ("k", "ab", "hijk"), ("cd", "jj", "a")]
     algorithm = made(name, data=pairs(held_out=held_out), micro_batch=micro_batch)
-    examples = algorithm.data.examples("validation")
+    examples = algorithm.run.data.examples("validation")
     assert [example.prompt.text for example in examples] == ["bb", "k", "cd"]
     metrics = algorithm.evaluate().metrics
     expected = float(sum(naive_losses(name, algorithm, examples)).detach()) / 3
     assert metrics["eval/loss"] == pytest.approx(expected, rel=1e-12)
     assert {"eval/rewards/accuracies", "eval/rewards/margins"} <= metrics.keys()
     first = build_offline(
-        name, f"algo.beta={BETA[name]}", "algo.eval_pairs=1", data=algorithm.data, policy=algorithm.policy,
-        reference=algorithm.reference,
+        name, f"algo.beta={BETA[name]}", "algo.eval_pairs=1", data=algorithm.run.data, policy=algorithm.run.policy,
+        reference=algorithm.run.reference,
     )  # fmt: skip
     loss = float(naive_losses(name, algorithm, examples)[0].detach())
     assert first.evaluate().metrics["eval/loss"] == pytest.approx(loss, rel=1e-12)
@@ -184,7 +184,7 @@ def test_evaluation_is_the_same_twice_and_shows_samples_behind_held_out_prompts(
 
 def test_a_loss_without_a_reference_lets_it_go():
     algorithm = made("simpo", reference=reference())
-    assert algorithm.reference is None
+    assert algorithm.run.reference is None
     assert "ref_logprobs" not in algorithm.collect(0).values
     loss, expected = loss_of(algorithm, algorithm.collect(0)), loss_of(made("simpo"), made("simpo").collect(0))
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)

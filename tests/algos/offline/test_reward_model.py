@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlft.core.errors import CheckpointError, ConfigError, DataError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from tests.algos.offline.builders import PAIRS, build_offline, gradient, labelled, loss_of, pairs, totals, widened
 from tests.builders import TOKENIZER, perturbed, tiny, trainer
@@ -31,7 +31,7 @@ def shaken(algorithm):
 
 def plain_outputs(algorithm, ids: list[int]) -> Tensor:
     """[K]: the head on the state of the last token, by one forward of the one row."""
-    return algorithm.head.linear(algorithm.policy(torch.tensor([ids]))[0, -1])
+    return algorithm.head.linear(algorithm.run.policy(torch.tensor([ids]))[0, -1])
 
 
 def naive_losses(name: str, algorithm, examples) -> list[Tensor]:
@@ -59,7 +59,7 @@ def case(name: str, records):
 def test_loss_and_gradient_equal_a_naive_loop(name, records):
     algorithm = case(name, records)
     batch = algorithm.collect(1)
-    examples = algorithm.data.batch(1, size=algorithm.per_step, seed=0)
+    examples = algorithm.run.data.batch(1, size=algorithm.per_step, seed=0)
     loss, expected = loss_of(algorithm, batch), sum(naive_losses(name, algorithm, examples)) / algorithm.per_step
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     got, wanted = gradient(loss, algorithm), gradient(expected, algorithm)
@@ -71,11 +71,11 @@ def test_loss_and_gradient_equal_a_naive_loop(name, records):
 @pytest.mark.parametrize("limits", [{"max_rows": 1}, {"max_rows": 3}, {"max_tokens": 20}])
 def test_shares_of_micro_batches_add_up_to_the_whole_gradient(name, records, limits):
     algorithm = case(name, records)
-    batch, whole, means = algorithm.collect(1), Means(), Means()
+    batch, whole, means = algorithm.collect(1), Metrics(), Metrics()
     expected = gradient(loss_of(algorithm, batch, whole), algorithm)
     micros, got = list(batch.micro_batches(**limits)), torch.zeros_like(expected)
     assert len(micros) > 1 and all(micro.num_rows % micro.rows_per_unit == 0 for micro in micros)
-    scorer = Scorer(algorithm.policy, algorithm.head)
+    scorer = Scorer(algorithm.run.policy, algorithm.head)
     for micro in micros:
         got += gradient(algorithm.loss(scorer, micro, totals(batch), means, update=0), algorithm)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -101,7 +101,7 @@ def test_micro_batch_tokens_counts_the_whole_texts_although_one_place_of_each_co
 def test_a_text_that_fills_the_context_is_scored():
     policy = tiny(9, spread=0.25, n_positions=8).double()
     algorithm = made("reward_model", policy=policy, data=pairs([("d", "a", "bcdefg")]))  # 1 + 6 and its end
-    examples = algorithm.data.batch(0, size=5, seed=0)
+    examples = algorithm.run.data.batch(0, size=5, seed=0)
     loss, expected = (
         loss_of(algorithm, algorithm.collect(0)),
         sum(naive_losses("reward_model", algorithm, examples)) / 5,
@@ -110,11 +110,11 @@ def test_a_text_that_fills_the_context_is_scored():
 
 
 def test_metrics_of_pairs():
-    algorithm, means = made("reward_model"), Means()
+    algorithm, means = made("reward_model"), Metrics()
     loss_of(algorithm, algorithm.collect(1), means)
     scores = [
         [float(plain_outputs(algorithm, example.prompt.ids + ids)[0].detach()) for ids in example.completions]
-        for example in algorithm.data.batch(1, size=5, seed=0)
+        for example in algorithm.run.data.batch(1, size=5, seed=0)
     ]
     expected = {
         "accuracy": sum(chosen > rejected for chosen, rejected in scores) / 5,
@@ -138,7 +138,7 @@ def test_untouched_head_knows_nothing():
 def test_evaluation_is_the_mean_loss_over_held_out_rows(micro_batch):
     held_out = [("bb", "c", "dk"), ("k", "ab", "hijk"), ("cd", "jj", "a")]
     algorithm = made("reward_model", data=pairs(held_out=held_out), micro_batch=micro_batch)
-    expected = sum(naive_losses("reward_model", algorithm, algorithm.data.examples("validation"))) / 3
+    expected = sum(naive_losses("reward_model", algorithm, algorithm.run.data.examples("validation"))) / 3
     assert algorithm.evaluate().metrics["eval/loss"] == pytest.approx(float(expected.detach()), rel=1e-12)
     classifier = made("classification", data=labelled(held_out=[("aa", "y"), ("cba", "x")]), micro_batch=micro_batch)
     examples = classifier.data.examples("validation")

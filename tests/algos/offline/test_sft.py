@@ -8,7 +8,7 @@ import torch
 from rlft.algos.offline.sft import SFT
 from rlft.core.batch import Denominators
 from rlft.core.errors import ConfigError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from tests.builders import TOKENIZER, FixedText, sft, tiny
 
@@ -32,10 +32,10 @@ def cross_entropy(policy, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def test_loss_and_gradient_are_those_of_torch_cross_entropy(algorithm):
-    policy, batch = algorithm.policy, algorithm.collect(0)
+    policy, batch = algorithm.run.policy, algorithm.collect(0)
     totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-    loss = algorithm.loss(Scorer(policy), batch, totals, Means(), update=0)
-    expected = cross_entropy(policy, algorithm.data.batch(0, size=4, seed=0))
+    loss = algorithm.loss(Scorer(policy), batch, totals, Metrics(), update=0)
+    expected = cross_entropy(policy, algorithm.run.data.batch(0, size=4, seed=0))
     assert batch.num_tokens == 4 * 7
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     gradients = torch.autograd.grad(loss, list(policy.parameters()))
@@ -45,31 +45,31 @@ def test_loss_and_gradient_are_those_of_torch_cross_entropy(algorithm):
 
 @torch.no_grad()
 def test_shares_of_micro_batches_add_up_to_the_loss(algorithm):
-    batch, scorer = algorithm.collect(0), Scorer(algorithm.policy)
+    batch, scorer = algorithm.collect(0), Scorer(algorithm.run.policy)
     totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-    whole = float(algorithm.loss(scorer, batch, totals, Means(), update=0))
-    shares = [float(algorithm.loss(scorer, m, totals, Means(), update=0)) for m in batch.micro_batches(max_rows=3)]
+    whole = float(algorithm.loss(scorer, batch, totals, Metrics(), update=0))
+    shares = [float(algorithm.loss(scorer, m, totals, Metrics(), update=0)) for m in batch.micro_batches(max_rows=3)]
     assert len(shares) == 2
     assert sum(shares) == pytest.approx(whole, rel=1e-13)
 
 
 @torch.no_grad()
 def test_logged_entropy_is_that_of_the_next_token_distributions(algorithm):
-    batch, means = algorithm.collect(1), Means()
-    algorithm.loss(Scorer(algorithm.policy), batch, Denominators(batch.num_tokens, batch.num_rows), means, update=0)
-    p = logits(algorithm.policy, algorithm.data.batch(1, size=4, seed=0)).softmax(-1)
+    batch, means = algorithm.collect(1), Metrics()
+    algorithm.loss(Scorer(algorithm.run.policy), batch, Denominators(batch.num_tokens, batch.num_rows), means, update=0)
+    p = logits(algorithm.run.policy, algorithm.run.data.batch(1, size=4, seed=0)).softmax(-1)
     assert means.local()["entropy"] == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-12)
 
 
 def test_perplexity_of_a_fixed_text_by_hand(algorithm):
-    policy = algorithm.policy
+    policy = algorithm.run.policy
     with torch.no_grad():  # a model that knows nothing of context: every hidden state is ln_f's bias
         policy.ln_f.weight.zero_()
         policy.ln_f.bias.zero_()
         policy.ln_f.bias[0] = 1.0
         policy.wte.weight.zero_()
         policy.wte.weight[0, 0] = math.log(4.0)  # so that "a" weighs 4 and each of the other eleven 1
-    algorithm.data.held_out = torch.tensor([TOKENIZER.encode(text) for text in ("abac", "baaa")])
+    algorithm.run.data.held_out = torch.tensor([TOKENIZER.encode(text) for text in ("abac", "baaa")])
     metrics = algorithm.evaluate().metrics
     # targets b a c, a a a: four with probability 4/15 and two with 1/15
     loss = (4 * math.log(15 / 4) + 2 * math.log(15)) / 6
@@ -77,10 +77,10 @@ def test_perplexity_of_a_fixed_text_by_hand(algorithm):
 
 
 def test_evaluation_reads_every_held_out_block_once_whatever_its_chunks(algorithm):
-    blocks = algorithm.data.held_out  # 70 blocks: chunks of 32, 32 and 6
+    blocks = algorithm.run.data.held_out  # 70 blocks: chunks of 32, 32 and 6
     for count in (None, 5):
         algorithm.eval_blocks = count
-        expected = float(cross_entropy(algorithm.policy, blocks[:count]).detach())
+        expected = float(cross_entropy(algorithm.run.policy, blocks[:count]).detach())
         assert algorithm.evaluate().metrics["eval/loss"] == pytest.approx(expected, rel=1e-12)
 
 
@@ -95,7 +95,7 @@ def test_batches_follow_from_seed_and_step(algorithm):
         rows = algorithm.collect(index).rows
         return torch.cat([rows.prompt_ids[rows.prompt_of_row], rows.completion_ids], dim=1).tolist()
 
-    assert ids(2) == ids(2) == algorithm.data.batch(2, size=4, seed=0).tolist()
+    assert ids(2) == ids(2) == algorithm.run.data.batch(2, size=4, seed=0).tolist()
     assert ids(2) != ids(3)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlft.core.errors import ConfigError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from tests.algos.offline.builders import build_offline, completions, gradient, loss_of, totals, widened
 from tests.builders import TOKENIZER, tiny
@@ -24,13 +24,13 @@ def made(*overrides: str, **given):
 
 def naive(algorithm, examples) -> tuple[Tensor, int]:
     """The summed negative logprob of all completion tokens, and their number."""
-    rows = [plain_logprobs(algorithm.policy, e.prompt.ids, e.completions[0]) for e in examples]
+    rows = [plain_logprobs(algorithm.run.policy, e.prompt.ids, e.completions[0]) for e in examples]
     return -sum(row.sum() for row in rows), sum(map(len, rows))
 
 
 def test_loss_and_gradient_are_a_mean_over_completion_tokens_with_their_end():
     algorithm = made()
-    batch, examples = algorithm.collect(1), algorithm.data.batch(1, size=4, seed=0)
+    batch, examples = algorithm.collect(1), algorithm.run.data.batch(1, size=4, seed=0)
     total, count = naive(algorithm, examples)
     assert batch.num_tokens == count == sum(len(TOKENIZER.encode(e.prompt.columns["completion"])) + 1 for e in examples)
     loss = loss_of(algorithm, batch)
@@ -44,8 +44,8 @@ def test_padding_and_micro_batches_change_nothing():
     batch = algorithm.collect(1)
     whole = loss_of(algorithm, batch)
     torch.testing.assert_close(loss_of(algorithm, widened(batch)), whole, rtol=1e-12, atol=0)
-    scorer, micros = Scorer(algorithm.policy), list(batch.micro_batches(max_rows=3))
-    shares = [algorithm.loss(scorer, micro, totals(batch), Means(), update=0) for micro in micros]
+    scorer, micros = Scorer(algorithm.run.policy), list(batch.micro_batches(max_rows=3))
+    shares = [algorithm.loss(scorer, micro, totals(batch), Metrics(), update=0) for micro in micros]
     assert len(shares) == 2
     torch.testing.assert_close(sum(shares), whole, rtol=1e-13, atol=0)
 
@@ -53,7 +53,7 @@ def test_padding_and_micro_batches_change_nothing():
 @pytest.mark.parametrize("count", [None, 2])
 def test_perplexity_is_of_the_held_out_completions(count):
     algorithm = made(f"algo.eval_blocks={'null' if count is None else count}")
-    total, tokens = naive(algorithm, algorithm.data.examples("validation")[:count])
+    total, tokens = naive(algorithm, algorithm.run.data.examples("validation")[:count])
     loss, evaluation = float((total / tokens).detach()), algorithm.evaluate()
     assert evaluation.metrics == pytest.approx({"eval/loss": loss, "eval/perplexity": math.exp(loss)}, rel=1e-12)
     assert [sample["prompt"] for sample in evaluation.samples] == [prompt for prompt, _ in RECORDS[:count]]
@@ -62,7 +62,7 @@ def test_perplexity_is_of_the_held_out_completions(count):
 def test_evaluation_reads_every_completion_once_whatever_its_pieces():
     records = [(a, b) for a in "abcdefghijk" for b in "abcde"]  # 55: pieces of 32 and 23
     algorithm = made("algo.eval_blocks=null", data=completions(records))
-    total, tokens = naive(algorithm, algorithm.data.examples("validation"))
+    total, tokens = naive(algorithm, algorithm.run.data.examples("validation"))
     assert algorithm.evaluate().metrics["eval/loss"] == pytest.approx(float((total / tokens).detach()), rel=1e-12)
 
 

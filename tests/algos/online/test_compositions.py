@@ -10,7 +10,7 @@ import torch
 
 from rlft.algos.online.baselines import RunningBaseline
 from rlft.core.batch import Denominators
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
@@ -48,8 +48,8 @@ def log_ratios(algorithm, batch) -> list[list[float]]:
     width = batch.rows.completion_mask.shape[1]
     rows = []
     for i, ids in enumerate(completions(batch)):
-        logp, _ = frozen_distributions(algorithm.policy, batch, i, 0.8)
-        logq, _ = frozen_distributions(algorithm.reference, batch, i, 0.8)
+        logp, _ = frozen_distributions(algorithm.run.policy, batch, i, 0.8)
+        logq, _ = frozen_distributions(algorithm.run.reference, batch, i, 0.8)
         rows.append([float(logp[t, a] - logq[t, a]) for t, a in enumerate(ids)] + [0.0] * (width - len(ids)))
     return rows
 
@@ -78,7 +78,7 @@ def expected_advantages(name: str, algorithm, batch) -> list[list[float]]:
         ]
         greedy = Sampling(algorithm.sampling.max_new_tokens, 0.8, greedy=True)
         ids = generate(
-            algorithm.policy, prompts, group_size=1, sampling=greedy, eos_id=TOKENIZER.eos_id, seed=9
+            algorithm.run.policy, prompts, group_size=1, sampling=greedy, eos_id=TOKENIZER.eos_id, seed=9
         ).completions()
         kls = [sum(row) for row in log_ratios(algorithm, batch)]
         baseline = [eighths([one])[0] for one in ids]
@@ -111,11 +111,11 @@ def test_advantages_equal_a_naive_loop(name):
 @pytest.mark.parametrize("limits", [{"max_rows": 1}, {"max_rows": 4}, {"max_tokens": 17}])
 def test_shares_of_micro_batches_add_up_to_the_whole_gradient(name, limits):
     algorithm = made(name)
-    batch, policy = algorithm.collect(1), algorithm.policy
+    batch, policy = algorithm.collect(1), algorithm.run.policy
     if algorithm.head is not None:  # a critic that has learnt something
         perturbed(algorithm.head, seed=3, spread=0.1)
     totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-    whole, means = Means(), Means()
+    whole, means = Metrics(), Metrics()
     scorer = Scorer(policy, algorithm.head)
     expected = gradient(algorithm.loss(scorer, batch, totals, whole, update=0), scorer)
     got = torch.zeros_like(expected)
@@ -127,20 +127,20 @@ def test_shares_of_micro_batches_add_up_to_the_whole_gradient(name, limits):
 
 def test_exact_kl_in_the_loss_has_the_gradient_of_the_enumerated_kl():
     algorithm = build("dr_grpo", "algo/kl=exact", "algo.kl.coef=0.5", "algo/aggregation=token_mean")
-    free = build("dr_grpo", "algo/aggregation=token_mean", policy=algorithm.policy)
-    batch, means = algorithm.collect(1), Means()
-    loss = loss_of(algorithm, batch, update=0, means=means) - loss_of(free, batch, update=0)
+    free = build("dr_grpo", "algo/aggregation=token_mean", policy=algorithm.run.policy)
+    batch, means = algorithm.collect(1), Metrics()
+    loss = loss_of(algorithm, batch, update=0, metrics=means) - loss_of(free, batch, update=0)
     terms = []
     for i, ids in enumerate(completions(batch)):
-        logp, _ = distributions(algorithm.policy, batch, i, 0.8)
-        logq, _ = frozen_distributions(algorithm.reference, batch, i, 0.8)
+        logp, _ = distributions(algorithm.run.policy, batch, i, 0.8)
+        logq, _ = frozen_distributions(algorithm.run.reference, batch, i, 0.8)
         terms += [(logp[t].exp() * (logp[t] - logq[t])).sum() for t in range(len(ids))]
     expected = torch.stack(terms).mean()
     value = pytest.approx(expected.item(), rel=1e-10)
     assert (means.local()["kl"], means.local()["kl_exact"]) == (value, value)
     torch.testing.assert_close(loss, 0.5 * expected, rtol=1e-9, atol=1e-12)
-    wanted = gradient(0.5 * expected, algorithm.policy)
-    torch.testing.assert_close(gradient(loss, algorithm.policy), wanted, rtol=1e-7, atol=1e-11)
+    wanted = gradient(0.5 * expected, algorithm.run.policy)
+    torch.testing.assert_close(gradient(loss, algorithm.run.policy), wanted, rtol=1e-7, atol=1e-11)
 
 
 # PPO: critic, epochs, mini-batches.
@@ -149,11 +149,11 @@ def test_exact_kl_in_the_loss_has_the_gradient_of_the_enumerated_kl():
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_value_loss_is_the_mean_clipped_square_over_the_batchs_tokens(critic):
     algorithm = build("ppo", f"algo/critic={critic}", "algo.value_coef=0.7", "algo.value_clip=0.05")
-    batch, means = algorithm.collect(1), Means()
+    batch, means = algorithm.collect(1), Metrics()
     mask = batch.rows.completion_mask
     assert not batch.values["old_values"].any()  # the head starts at zero: returns are the targets
     perturbed(algorithm.head, seed=3, spread=0.2)
-    scorer = Scorer(algorithm.policy, algorithm.head)
+    scorer = Scorer(algorithm.run.policy, algorithm.head)
     totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
     algorithm.loss(scorer, batch, totals, means, update=1)
     values, total = scorer(batch.rows, temperature=0.8).values.detach(), 0.0
@@ -170,8 +170,8 @@ def test_a_separate_critics_loss_leaves_the_policy_alone_and_a_shared_ones_does_
         perturbed(algorithm.head, seed=3, spread=0.2)
         batch.values["advantages"].zero_()
         totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-        algorithm.loss(Scorer(algorithm.policy, algorithm.head), batch, totals, Means(), update=0).backward()
-        grads = [p.grad for p in algorithm.policy.parameters() if p.grad is not None]
+        algorithm.loss(Scorer(algorithm.run.policy, algorithm.head), batch, totals, Metrics(), update=0).backward()
+        grads = [p.grad for p in algorithm.run.policy.parameters() if p.grad is not None]
         assert all(not grad.any() for grad in grads) == is_alone
         assert any(p.grad.any() for p in algorithm.head.parameters())
 
@@ -180,7 +180,7 @@ def test_each_epoch_goes_once_through_the_batch_in_an_order_of_its_own():
     algorithm = build("ppo", "algo.epochs=2", "algo.minibatches=3")
     batch = algorithm.collect(1)
     batch.values["row"] = torch.arange(6)
-    parts = [algorithm.minibatch(batch, update).values["row"].tolist() for update in range(6)]
+    parts = [algorithm.minibatch(batch, update, before={}).values["row"].tolist() for update in range(6)]
     assert all(len(part) == 2 for part in parts)
     assert sorted(chain(*parts[:3])) == sorted(chain(*parts[3:])) == list(range(6))
     assert parts[:3] != parts[3:]
@@ -193,13 +193,13 @@ def test_each_epoch_goes_once_through_the_batch_in_an_order_of_its_own():
 def test_updates_that_are_left_are_passed_over_above_the_target_kl():
     algorithm = build("ppo", "algo.target_kl=0.001")
     batch = algorithm.collect(1)
-    scorer = Scorer(algorithm.policy, algorithm.head)
+    scorer = Scorer(algorithm.run.policy, algorithm.head)
     totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
     assert algorithm.minibatch(batch, 0) is batch
-    algorithm.loss(scorer, batch, totals, Means(), update=0)
+    algorithm.loss(scorer, batch, totals, Metrics(), update=0)
     assert algorithm.minibatch(batch, 1) is batch  # nothing has moved yet
-    perturbed(algorithm.policy, seed=5, spread=0.1)
-    algorithm.loss(scorer, batch, totals, Means(), update=1)
+    perturbed(algorithm.run.policy, seed=5, spread=0.1)
+    algorithm.loss(scorer, batch, totals, Metrics(), update=1)
     assert algorithm.minibatch(batch, 2) is None
     assert algorithm.minibatch(batch, 3) is None
     assert algorithm.minibatch(algorithm.collect(2), 0) is not None
@@ -209,13 +209,13 @@ def test_the_target_kl_is_compared_with_the_whole_mini_batch_where_rows_without_
     def moved(*overrides: str) -> tuple[float, float]:
         rewards = reward_sum(lambda completion_ids, **_: [0.0] * 3 + eighths(completion_ids)[3:], cls=Float64Rewards)
         algorithm = build("dr_grpo", "algo.epochs=3", *overrides, rewards=rewards, reference=None)
-        batch, means = algorithm.collect(1), Means()
+        batch, means = algorithm.collect(1), Metrics()
         assert not batch.values["advantages"][:3].any()
-        perturbed(algorithm.policy, seed=5, spread=0.1)
+        perturbed(algorithm.run.policy, seed=5, spread=0.1)
         totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-        algorithm.loss(Scorer(algorithm.policy), algorithm.needed(batch), totals, means, update=1)
+        algorithm.loss(Scorer(algorithm.run.policy), algorithm.needed(batch), totals, means, update=1)
         old, mask = batch.values["old_logprobs"], batch.rows.completion_mask
-        new = [frozen_distributions(algorithm.policy, batch, i, 0.8)[0] for i in range(6)]
+        new = [frozen_distributions(algorithm.run.policy, batch, i, 0.8)[0] for i in range(6)]
         ratios = [
             float(old[i, t] - new[i][t, token])
             for i, ids in enumerate(completions(batch))
@@ -247,8 +247,8 @@ def test_groups_without_spread_are_replaced_by_those_of_further_prompts():
     batch = algorithm.collect(0)
     first = batch.rows.prompt_ids[:, 0].tolist()
     assert [TOKENIZER.decode([i]) for i in first] in (["a", "a"], ["a", "c"], ["c", "a"], ["c", "c"])
-    assert batch.means.local()["frac_reward_zero_std"] == 0
-    assert batch.means.local()["sampling/draws"] > 1
+    assert batch.metrics.local()["frac_reward_zero_std"] == 0
+    assert batch.metrics.local()["sampling/draws"] > 1
     assert (batch.values["advantages"].abs().sum(1) > 0).all()
 
 
@@ -270,7 +270,7 @@ def test_refilling_ends_after_the_given_draws_and_fills_up_with_what_there_is():
     rewards = reward_sum(lambda completions, **_: [0.0] * len(completions), cls=Float64Rewards)
     algorithm = build("dapo", "algo.resample_zero_std=3", rewards=rewards, prompts=PROMPTS)
     batch = algorithm.collect(0)
-    assert (batch.num_rows, batch.means.local()["sampling/draws"]) == (6, 3)
+    assert (batch.num_rows, batch.metrics.local()["sampling/draws"]) == (6, 3)
     assert not batch.values["advantages"].any()
 
 

@@ -38,14 +38,14 @@ def test_evaluation_is_the_same_twice_whatever_was_trained_between():
     first = algorithm.evaluate()
     loss_of(algorithm, algorithm.collect(3), update=0)
     assert algorithm.evaluate() == first
-    perturbed(algorithm.policy, seed=5, spread=0.3)
+    perturbed(algorithm.run.policy, seed=5, spread=0.3)
     assert algorithm.evaluate() != first
 
 
 def test_evaluation_is_the_same_for_every_seed_and_batch_size(monkeypatch):
     first = build("grpo", prompts=PROMPTS, eval_prompts=7).evaluate()
     other = build("grpo", prompts=PROMPTS, eval_prompts=7, seed=99, micro_batch=2)
-    monkeypatch.setattr("rlft.algos.online.evaluation.EVAL_ROWS", 3)
+    monkeypatch.setattr("rlft.algos.online.evaluation.PROMPTS_AT_ONCE", 3)
     again = other.evaluate()
     assert again.samples == first.samples
     assert again.metrics == pytest.approx(first.metrics, rel=1e-12)
@@ -55,17 +55,17 @@ def test_evaluation_measures_what_a_naive_loop_measures():
     algorithm = build("grpo", prompts=PROMPTS, eval_prompts=6)
     evaluation = algorithm.evaluate()
     rollout = generate(
-        algorithm.policy, [TOKENIZER.encode(text) for text in PROMPTS[:6]], group_size=1,
+        algorithm.run.policy, [TOKENIZER.encode(text) for text in PROMPTS[:6]], group_size=1,
         sampling=algorithm.sampling, seed=0, stream="eval", eos_id=TOKENIZER.eos_id,
     )  # fmt: skip
     batch = Batch(rollout.rows)
     ids = completions(batch)
     kls, nll, rewards = [], [], eighths(ids)
     for row, tokens in enumerate(ids):
-        logp, _ = frozen_distributions(algorithm.policy, batch, row, 0.8)
-        logq, _ = frozen_distributions(algorithm.reference, batch, row, 0.8)
+        logp, _ = frozen_distributions(algorithm.run.policy, batch, row, 0.8)
+        logq, _ = frozen_distributions(algorithm.run.reference, batch, row, 0.8)
         kls.append([float((logp[t].exp() * (logp[t] - logq[t])).sum()) for t in range(len(tokens))])
-        plain, _ = frozen_distributions(algorithm.reference, batch, row, 1.0)  # perplexity is at temperature 1
+        plain, _ = frozen_distributions(algorithm.run.reference, batch, row, 1.0)  # perplexity is at temperature 1
         nll += [-float(plain[t, a]) for t, a in enumerate(tokens)]
     expected = {
         "eval/reward": sum(rewards) / 6,
@@ -118,7 +118,7 @@ def test_higher_reward_is_better():
 @pytest.mark.parametrize("limits", [(None, None), (1, None), (4, None), (None, 20)])
 def test_frozen_scores_are_the_scorers_whatever_the_micro_batches(limits):
     algorithm = build("grpo")
-    batch, policy = algorithm.collect(1), algorithm.policy.train()
+    batch, policy = algorithm.collect(1), algorithm.run.policy.train()
     logprobs, hidden, values = frozen_scores(policy, batch, temperature=0.8, max_rows=limits[0], max_tokens=limits[1])
     scores = Scorer(policy)(batch.rows, temperature=0.8)
     mask = batch.rows.completion_mask
@@ -159,7 +159,7 @@ def test_bent_sampling_keeps_the_policys_own_logprobs_as_the_denominator():
     algorithm = build("grpo", "algo.top_k=2", "algo.allow_bent_sampling=true")
     batch = algorithm.collect(1)
     for row, ids in enumerate(completions(batch)):
-        logp, _ = frozen_distributions(algorithm.policy, batch, row, 0.8)
+        logp, _ = frozen_distributions(algorithm.run.policy, batch, row, 0.8)
         assert all(a in logp[t].topk(2).indices.tolist() for t, a in enumerate(ids))
         own = [float(logp[t, a]) for t, a in enumerate(ids)]
         assert batch.values["old_logprobs"][row][: len(ids)].tolist() == pytest.approx(own, rel=1e-10)

@@ -8,7 +8,7 @@ import torch
 
 from rlft.algos.online.kl import Adaptive, Annealed, Fixed, KLPenalty
 from rlft.core.errors import ConfigError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.references.frozen import initial
 from tests.algos.micro import build, completions, eighths, frozen_distributions, gradient, loss_of
 from tests.builders import perturbed, tiny
@@ -67,8 +67,8 @@ def naive_kl(algorithm, batch) -> tuple[list[float], list[float]]:
     """The log ratio of every counted token, and the exact KL at its place, summed over the vocabulary."""
     ratios, exact = [], []
     for row in range(batch.num_rows):
-        logp, ids = frozen_distributions(algorithm.policy, batch, row, algorithm.sampling.temperature)
-        logq, _ = frozen_distributions(algorithm.reference, batch, row, algorithm.sampling.temperature)
+        logp, ids = frozen_distributions(algorithm.run.policy, batch, row, algorithm.sampling.temperature)
+        logq, _ = frozen_distributions(algorithm.run.reference, batch, row, algorithm.sampling.temperature)
         ratios += [float(logp[t, a] - logq[t, a]) for t, a in enumerate(ids)]
         exact += [sum(float(logp[t, v].exp() * (logp[t, v] - logq[t, v])) for v in range(12)) for t in range(len(ids))]
     return ratios, exact
@@ -86,10 +86,10 @@ def mean(values: list[float]) -> float:
 def test_logged_kl_is_the_estimator_and_kl_exact_the_sum_over_the_vocabulary(choice, formula):
     algorithm = build("dr_grpo", f"algo/kl={choice}", "algo.kl.coef=0.5")
     batch = algorithm.collect(1)
-    perturbed(algorithm.policy, seed=5, spread=0.05)
-    means = Means()
+    perturbed(algorithm.run.policy, seed=5, spread=0.05)
+    means = Metrics()
     for micro in batch.micro_batches(max_rows=4):
-        loss_of(algorithm, micro, update=1, means=means)
+        loss_of(algorithm, micro, update=1, metrics=means)
     ratios, exact = naive_kl(algorithm, batch)
     assert means.local()["kl"] == pytest.approx(mean([formula(d) for d in ratios]), rel=1e-11)
     assert means.local()["kl_exact"] == pytest.approx(mean(exact), rel=1e-11)
@@ -98,9 +98,9 @@ def test_logged_kl_is_the_estimator_and_kl_exact_the_sum_over_the_vocabulary(cho
 @pytest.mark.parametrize("choice", ["k2", "k3"])
 def test_the_kl_in_the_loss_is_the_one_that_is_logged(choice):
     algorithm = build("grpo", f"algo/kl={choice}", "algo/aggregation=token_mean")
-    free = build("grpo", "algo.kl.coef=0", "algo/aggregation=token_mean", policy=algorithm.policy)
-    batch, means = algorithm.collect(1), Means()
-    penalised, plain = loss_of(algorithm, batch, update=0, means=means), loss_of(free, batch, update=0)
+    free = build("grpo", "algo.kl.coef=0", "algo/aggregation=token_mean", policy=algorithm.run.policy)
+    batch, means = algorithm.collect(1), Metrics()
+    penalised, plain = loss_of(algorithm, batch, update=0, metrics=means), loss_of(free, batch, update=0)
     assert float((penalised - plain).detach()) == pytest.approx(0.5 * means.local()["kl"], rel=1e-10)
 
 
@@ -112,8 +112,8 @@ def test_the_kl_in_the_reward_is_the_one_that_is_logged():
         return torch.zeros_like(rewards)
 
     algorithm = build("rloo", parts={"advantage": advantage})
-    batch, means = algorithm.collect(1), Means()
-    loss_of(algorithm, batch, update=0, means=means)
+    batch, means = algorithm.collect(1), Metrics()
+    loss_of(algorithm, batch, update=0, metrics=means)
     ratios, _ = naive_kl(algorithm, batch)
     expected = []
     for ids, reward in zip(completions(batch), eighths(completions(batch)), strict=True):
@@ -126,15 +126,15 @@ def test_the_kl_in_the_reward_is_the_one_that_is_logged():
 
 def test_reward_that_is_logged_is_before_the_penalty():
     batch = build("rloo").collect(1)
-    assert batch.means.local()["reward"] == pytest.approx(mean(eighths(completions(batch))), rel=1e-12)
+    assert batch.metrics.local()["reward"] == pytest.approx(mean(eighths(completions(batch))), rel=1e-12)
 
 
 def test_without_a_penalty_the_reference_only_measures():
     measured = build("dr_grpo")
     free = build("dr_grpo", policy=measured.policy, reference=None)
-    batch, with_reference, without = measured.collect(1), Means(), Means()
-    a = gradient(loss_of(measured, batch, update=0, means=with_reference), measured.policy)
-    b = gradient(loss_of(free, free.collect(1), update=0, means=without), measured.policy)
+    batch, with_reference, without = measured.collect(1), Metrics(), Metrics()
+    a = gradient(loss_of(measured, batch, update=0, metrics=with_reference), measured.policy)
+    b = gradient(loss_of(free, free.collect(1), update=0, metrics=without), measured.policy)
     assert torch.equal(a, b)
     assert with_reference.local().keys() - without.local().keys() == {"kl", "kl_exact"}
     assert with_reference.local()["kl"] > 0
@@ -143,9 +143,9 @@ def test_without_a_penalty_the_reference_only_measures():
 def test_kl_to_the_initial_policy_is_zero_at_first_and_its_copy_is_frozen():
     policy = tiny(9, spread=0.25).double()
     reference = initial(policy)
-    algorithm, means = build("grpo", policy=policy, reference=reference), Means()
+    algorithm, means = build("grpo", policy=policy, reference=reference), Metrics()
     batch = algorithm.collect(1)
-    loss_of(algorithm, batch, update=0, means=means)
+    loss_of(algorithm, batch, update=0, metrics=means)
     assert means.local()["kl"] == pytest.approx(0.0, abs=1e-14)
     assert means.local()["kl_exact"] == pytest.approx(0.0, abs=1e-14)
     before = {name: p.clone() for name, p in reference.state_dict().items()}
@@ -156,9 +156,9 @@ def test_kl_to_the_initial_policy_is_zero_at_first_and_its_copy_is_frozen():
 
 def test_exact_kl_is_left_out_where_the_vocabulary_is_large(monkeypatch):
     monkeypatch.setattr("rlft.algos.online.reference.EXACT_KL_VOCABULARY", 11)
-    algorithm, means = build("grpo"), Means()
+    algorithm, means = build("grpo"), Metrics()
     batch = algorithm.collect(1)
-    loss_of(algorithm, batch, update=0, means=means)
+    loss_of(algorithm, batch, update=0, metrics=means)
     assert "kl" in means.local()
     assert "kl_exact" not in means.local()
     assert "ref_hidden" not in batch.values
@@ -219,8 +219,8 @@ def test_what_the_controller_hears_is_the_sampled_kl_of_a_completion():
     batch = algorithm.collect(1)
     total = 0.0
     for i, ids in enumerate(completions(batch)):
-        logp, _ = frozen_distributions(algorithm.policy, batch, i, 0.8)
-        logq, _ = frozen_distributions(algorithm.reference, batch, i, 0.8)
+        logp, _ = frozen_distributions(algorithm.run.policy, batch, i, 0.8)
+        logq, _ = frozen_distributions(algorithm.run.reference, batch, i, 0.8)
         total += sum(float(logp[t, a] - logq[t, a]) for t, a in enumerate(ids))
     seen = algorithm.kl.state_dict()["seen"]
     assert seen["kl_completion"] == pytest.approx(total / 6, rel=1e-10)

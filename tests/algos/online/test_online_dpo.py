@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlft.core.errors import ConfigError, NonFiniteError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from rlft.rollout.sampling import Sampling
 from tests.algos.micro import completions, eighths
@@ -53,14 +53,14 @@ def naive_loss(algorithm, pairs, num_prompts: int) -> Tensor:
         h = torch.zeros((), dtype=torch.float64)
         for ids, sign in ((chosen, 1), (rejected, -1)):
             with torch.no_grad():
-                ref = plain_logprobs(algorithm.reference, prompt, ids, temperature=TEMPERATURE).sum()
-            h = h + sign * (plain_logprobs(algorithm.policy, prompt, ids, temperature=TEMPERATURE).sum() - ref)
+                ref = plain_logprobs(algorithm.run.reference, prompt, ids, temperature=TEMPERATURE).sum()
+            h = h + sign * (plain_logprobs(algorithm.run.policy, prompt, ids, temperature=TEMPERATURE).sum() - ref)
         total = total + torch.log1p(torch.exp(-0.3 * h))
     return total / num_prompts
 
 
-def loss_of(algorithm, batch, means: Means | None = None) -> Tensor:
-    return algorithm.loss(Scorer(algorithm.policy), batch, totals(batch), means or Means(), update=0)
+def loss_of(algorithm, batch, metrics: Metrics | None = None) -> Tensor:
+    return algorithm.loss(Scorer(algorithm.run.policy), batch, totals(batch), metrics or Metrics(), update=0)
 
 
 def two_groups_tie(completion_ids, **_):
@@ -84,13 +84,13 @@ def test_loss_and_gradient_equal_a_naive_loop_over_the_best_and_the_worst_of_eac
 
 def test_groups_without_spread_are_left_out_and_counted_as_a_loss_of_zero():
     algorithm = made(rewards=two_groups_tie)
-    everything, means = algorithm.collect(1), Means()
+    everything, means = algorithm.collect(1), Metrics()
     batch = algorithm.minibatch(everything, 0)
     prompt, group = groups_of(algorithm, everything)[1]
     assert completions(batch) == [group[1], group[0]]  # of equals the first
     expected = naive_loss(algorithm, [(prompt, group[1], group[0])], 3)
     torch.testing.assert_close(loss_of(algorithm, batch, means), expected, rtol=1e-12, atol=0)
-    row = everything.means.local()
+    row = everything.metrics.local()
     assert row["objective/scores_margin"] == 1.5
     assert row["frac_reward_zero_std"] == pytest.approx(2 / 3)
     assert row["reward"] == pytest.approx((4 + 5 + 1) / 12, rel=1e-12)
@@ -98,7 +98,7 @@ def test_groups_without_spread_are_left_out_and_counted_as_a_loss_of_zero():
 
 
 def test_a_batch_without_any_pair_is_a_step_with_no_gradient():
-    algorithm, means = made(rewards=lambda completions, **_: [0.5] * len(completions)), Means()
+    algorithm, means = made(rewards=lambda completions, **_: [0.5] * len(completions)), Metrics()
     batch = algorithm.minibatch(algorithm.collect(0), 0)
     loss = loss_of(algorithm, batch, means)
     assert batch.num_rows == 2 and float(loss.detach()) == 0.0
@@ -122,12 +122,12 @@ def test_completions_that_no_reward_counts_are_in_no_pair():
 def test_shares_of_micro_batches_add_up_to_the_whole_gradient(limits):
     algorithm = made(prompts_per_step=4)
     batch = algorithm.minibatch(algorithm.collect(1), 0)
-    whole, means = Means(), Means()
+    whole, means = Metrics(), Metrics()
     expected = gradient(loss_of(algorithm, batch, whole), algorithm)
     micros, got = list(batch.micro_batches(**limits)), torch.zeros_like(expected)
     assert len(micros) > 1 and all(micro.num_rows % 2 == 0 for micro in micros)
     for micro in micros:
-        share = algorithm.loss(Scorer(algorithm.policy), micro, totals(batch), means, update=0)
+        share = algorithm.loss(Scorer(algorithm.run.policy), micro, totals(batch), means, update=0)
         got += gradient(share, algorithm)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert means.local() == pytest.approx(whole.local(), rel=1e-12, abs=1e-12)
@@ -146,13 +146,13 @@ def test_logprobs_are_the_current_policys_whoever_sampled():
     everything = algorithm.collect(1)
     batch = algorithm.minibatch(everything, 0)
     pairs = naive_pairs(groups_of(algorithm, everything), lambda ids: eighths(completion_ids=ids))
-    perturbed(algorithm.policy, seed=5, spread=0.05)
+    perturbed(algorithm.run.policy, seed=5, spread=0.05)
     algorithm.is_float32 = False
     torch.testing.assert_close(loss_of(algorithm, batch), naive_loss(algorithm, pairs, 3), rtol=1e-12, atol=0)
 
 
 def test_sampler_that_is_not_the_trained_policy_is_an_error():
-    algorithm, means = made(), Means()
+    algorithm, means = made(), Metrics()
     batch = algorithm.minibatch(algorithm.collect(1), 0)
     loss_of(algorithm, batch, means)
     assert means.local()["sampling/sampling_logp_difference/max"] < 1e-12
@@ -163,7 +163,7 @@ def test_sampler_that_is_not_the_trained_policy_is_an_error():
 
 def test_untouched_policy_is_its_own_reference():
     policy = tiny(9, spread=0.25).double()
-    algorithm, means = made(policy=policy, reference=policy), Means()
+    algorithm, means = made(policy=policy, reference=policy), Metrics()
     loss_of(algorithm, algorithm.minibatch(algorithm.collect(0), 0), means)
     assert means.local()["rewards/margins"] == pytest.approx(0.0, abs=1e-14)
     metrics = algorithm.evaluate().metrics

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlft.core.batch import Denominators
 from rlft.core.errors import ConfigError, NonFiniteError
-from rlft.core.metrics import Means
+from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from tests.algos.micro import MAX_NEW, NAMES, build, completions, distributions, eighths, gradient, loss_of
 from tests.builders import Float64Rewards, perturbed, reward_sum
@@ -27,10 +27,10 @@ def naive_loss(name: str, algorithm, old_policy, batch, *, entropy_coef: float =
     temperature, coef = algorithm.sampling.temperature, 0.5
     count, rows = batch.num_rows, []
     for i in range(count):
-        logp, ids = distributions(algorithm.policy, batch, i, temperature)
+        logp, ids = distributions(algorithm.run.policy, batch, i, temperature)
         with torch.no_grad():
             old, _ = distributions(old_policy, batch, i, temperature)
-            reference, _ = distributions(algorithm.reference, batch, i, temperature)
+            reference, _ = distributions(algorithm.run.reference, batch, i, temperature)
         rows.append([(logp[t], float(old[t, a]), float(reference[t, a]), a) for t, a in enumerate(ids)])
     rewards = eighths(completion_ids=[[token[3] for token in row] for row in rows])
     if name == "rloo":  # less the summed log ratio of the policy that sampled
@@ -58,16 +58,16 @@ def naive_loss(name: str, algorithm, old_policy, batch, *, entropy_coef: float =
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradient_equal_a_naive_loop(name, update):
     algorithm = build(name)
-    old_policy = copy.deepcopy(algorithm.policy)
+    old_policy = copy.deepcopy(algorithm.run.policy)
     batch = algorithm.collect(1)
     assert len(set(batch.rows.completion_mask.sum(1).tolist())) > 1  # padding is there
     if update:  # as after an optimizer step: ratios on both sides of the clip
-        perturbed(algorithm.policy, seed=5, spread=0.05)
-    means = Means()
-    loss = loss_of(algorithm, batch, update=update, means=means)
+        perturbed(algorithm.run.policy, seed=5, spread=0.05)
+    means = Metrics()
+    loss = loss_of(algorithm, batch, update=update, metrics=means)
     expected = naive_loss(name, algorithm, old_policy, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
-    got, wanted = gradient(loss, algorithm.policy), gradient(expected, algorithm.policy)
+    got, wanted = gradient(loss, algorithm.run.policy), gradient(expected, algorithm.run.policy)
     torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-11)
     assert wanted.norm() > 1e-2
     if update and name in ("grpo", "dr_grpo"):
@@ -80,21 +80,21 @@ def test_entropy_bonus_adds_its_gradient(name):
     algorithm = build(name, "algo.entropy_coef=0.3")
     batch = algorithm.collect(1)
     loss = loss_of(algorithm, batch, update=0)
-    expected = naive_loss(name, algorithm, copy.deepcopy(algorithm.policy), batch, entropy_coef=0.3)
-    without = naive_loss(name, algorithm, copy.deepcopy(algorithm.policy), batch)
-    got, wanted = gradient(loss, algorithm.policy), gradient(expected, algorithm.policy)
+    expected = naive_loss(name, algorithm, copy.deepcopy(algorithm.run.policy), batch, entropy_coef=0.3)
+    without = naive_loss(name, algorithm, copy.deepcopy(algorithm.run.policy), batch)
+    got, wanted = gradient(loss, algorithm.run.policy), gradient(expected, algorithm.run.policy)
     torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-11)
-    assert (wanted - gradient(without, algorithm.policy)).norm() > 1e-3
+    assert (wanted - gradient(without, algorithm.run.policy)).norm() > 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("limits", [{"max_rows": 1}, {"max_rows": 4}, {"max_tokens": 17}])
 def test_shares_of_micro_batches_add_up_to_the_whole_gradient(name, limits):
     algorithm = build(name)
-    batch, policy = algorithm.collect(1), algorithm.policy
+    batch, policy = algorithm.collect(1), algorithm.run.policy
     totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-    whole, means = Means(), Means()
-    expected = gradient(loss_of(algorithm, batch, update=0, means=whole), policy)
+    whole, means = Metrics(), Metrics()
+    expected = gradient(loss_of(algorithm, batch, update=0, metrics=whole), policy)
     got = torch.zeros_like(expected)
     for micro in batch.micro_batches(**limits):
         got += gradient(algorithm.loss(Scorer(policy), micro, totals, means, update=0), policy)
@@ -104,8 +104,8 @@ def test_shares_of_micro_batches_add_up_to_the_whole_gradient(name, limits):
 
 def test_ratio_is_one_before_the_first_update():
     algorithm = build("grpo")
-    means = Means()
-    loss_of(algorithm, algorithm.collect(1), update=0, means=means)
+    means = Metrics()
+    loss_of(algorithm, algorithm.collect(1), update=0, metrics=means)
     row = means.local()
     assert row["ratio"] == pytest.approx(1.0, abs=1e-12)
     assert row["clip_ratio/low_mean"] == row["clip_ratio/high_mean"] == row["clip_ratio/region_mean"] == 0.0
@@ -118,7 +118,7 @@ def test_gradient_of_a_ratio_before_the_first_update_is_the_score_functions(surr
     batch = plain.collect(1)
     wanted = gradient(loss_of(plain, batch, update=0), plain.policy)
     algorithm = build("dr_grpo", f"algo/surrogate={surrogate}", policy=plain.policy)
-    got = gradient(loss_of(algorithm, batch, update=0), algorithm.policy)
+    got = gradient(loss_of(algorithm, batch, update=0), algorithm.run.policy)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-13)
 
 
@@ -151,12 +151,12 @@ def test_a_row_that_no_reward_counts_has_no_advantage_and_poisons_nothing(name):
     assert advantages.isfinite().all()
     assert (advantages[[1, 3, 4, 5]] == 0).all()
     assert advantages[0].any()
-    row = batch.means.local()
+    row = batch.metrics.local()
     assert row["reward"] == row["rewards/r/mean"] == pytest.approx((rewards[0] + rewards[2]) / 2, rel=1e-12)
     std = abs(rewards[0] - rewards[2]) / math.sqrt(2)  # the first group's two; the second group has none
     assert row["reward_std"] == pytest.approx(std / 2, rel=1e-12)
     assert row["frac_reward_zero_std"] == 0.5
-    assert gradient(loss_of(algorithm, batch, update=0), algorithm.policy).isfinite().all()
+    assert gradient(loss_of(algorithm, batch, update=0), algorithm.run.policy).isfinite().all()
 
 
 def test_a_row_that_no_reward_counts_has_no_advantage_whatever_the_part_gives_it():
@@ -169,14 +169,14 @@ def test_groups_of_equal_rewards_have_no_advantage():
     algorithm = build("grpo", rewards=reward_sum(lambda completions, **_: [0.7, 0.7, 0.7, 0.3, 0.3, 0.3 + 1e-6]))
     batch = algorithm.collect(1)
     assert batch.values["advantages"].any(dim=1).tolist() == [False] * 3 + [True] * 3
-    assert batch.means.local()["frac_reward_zero_std"] == 0.5
+    assert batch.metrics.local()["frac_reward_zero_std"] == 0.5
 
 
 def test_lengths_and_reasons_are_counted_as_they_are():
     batch = build("grpo").collect(1)
     lengths = [len(ids) for ids in completions(batch)]
     clipped = [ids[-1] != 11 for ids in completions(batch)]  # 11 is the end token
-    row = batch.means.local()
+    row = batch.metrics.local()
     assert row["completions/mean_length"] == pytest.approx(sum(lengths) / 6, rel=1e-12)
     assert row["completions/max_length"] == max(lengths)
     assert row["completions/clipped_ratio"] == pytest.approx(sum(clipped) / 6, rel=1e-12)
