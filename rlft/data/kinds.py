@@ -11,7 +11,7 @@ from typing import Any
 
 from rlft.core.errors import ConfigError
 
-TABLES = ("csv", "huggingface", "jsonl", "parquet")  # the choices of `data/source=` whose columns are those of a user's files
+TABLES = ("csv", "huggingface", "jsonl", "parquet")  # choices of `data/source=` with a user's own columns
 
 
 class Kind(Enum):
