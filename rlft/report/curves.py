@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter
 
 from rlft.core.errors import ConfigError, nearest
 from rlft.report.markdown import KL, REWARD, interval
-from rlft.report.runs import Run
+from rlft.report.runs import FinishedRun
 
 STYLES = ("-", "--", ":")  # together with ten colours, they distinguish thirty settings
 MOST_BANDS = 6  # with more settings, bands would hide the lines and are not drawn; the table has the intervals
@@ -25,7 +25,7 @@ WIDE_KL = 20.0  # nats; if the KL's axis is longer, it is logarithmic above 1
 SMOOTHED = 50  # points of a training curve; each is the mean of a block of rows
 
 
-def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> None:
+def draw(groups: dict[str, list[FinishedRun]], path: Path, *, reward: str = REWARD) -> None:
     """Draw `reward` over completion tokens (left) and against the KL per completion (right) into a PNG file.
 
     Lines are means over seeds at each evaluation, bands their 95 % intervals (drawn for few settings), and points are
@@ -53,7 +53,7 @@ def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> N
     _save(figure, [left, right], path)
 
 
-def draw_training(groups: dict[str, list[Run]], path: Path, metrics: Sequence[str]) -> None:
+def draw_training(groups: dict[str, list[FinishedRun]], path: Path, metrics: Sequence[str]) -> None:
     """Draw metrics of metrics.jsonl over tokens, each in its own panel, into a PNG file; lines and bands as in `draw`.
 
     Rows are averaged in about 50 blocks per run. Raises `ConfigError` for a metric that no run has.

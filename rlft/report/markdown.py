@@ -11,7 +11,7 @@ from scipy.stats import t as student_t
 
 from rlft.core.errors import ConfigError, nearest
 from rlft.core.printable import printable
-from rlft.report.runs import Run
+from rlft.report.runs import FinishedRun
 
 REWARD, KL = "eval/reward", "eval/kl_completion"
 
@@ -28,7 +28,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(student_t.ppf(0.975, len(values) - 1)) * error
 
 
-def at_kl(run: Run, reward: str, kl: float) -> float | None:
+def at_kl(run: FinishedRun, reward: str, kl: float) -> float | None:
     """Return the held-out reward when the run's KL first reaches `kl` nats per completion; None if it never does.
 
     Both are interpolated linearly between two evaluations.
@@ -41,7 +41,7 @@ def at_kl(run: Run, reward: str, kl: float) -> float | None:
 
 
 def results(
-    groups: dict[str, list[Run]], metrics: Sequence[str], *, reward: str = REWARD, kls: Sequence[float] = ()
+    groups: dict[str, list[FinishedRun]], metrics: Sequence[str], *, reward: str = REWARD, kls: Sequence[float] = ()
 ) -> str:
     """Return a table with two rows for each group: the metrics before training, and after it as mean ± 95 % interval.
 
@@ -71,7 +71,7 @@ def results(
     return "\n".join(lines)
 
 
-def _before(runs: list[Run], metrics: Sequence[str]) -> str:
+def _before(runs: list[FinishedRun], metrics: Sequence[str]) -> str:
     starts = [run.summary["evaluation"]["before"] for run in runs]
     return " | ".join(_number(statistics.fmean(start.get(metric, math.nan) for start in starts)) for metric in metrics)
 
@@ -84,7 +84,7 @@ def _cell_of(values: Sequence[float | None], *, of: int = 0) -> str:
     return _number(mean) + ("" if math.isnan(half) else f" ± {_number(half)}") + some
 
 
-def samples(groups: dict[str, list[Run]], count: int) -> str:
+def samples(groups: dict[str, list[FinishedRun]], count: int) -> str:
     """Return the first `count` held-out prompts with the first seed's completions before and after training."""
     parts = []
     for name, (run, *_) in groups.items():
@@ -99,7 +99,7 @@ def samples(groups: dict[str, list[Run]], count: int) -> str:
     return "\n\n".join(parts)
 
 
-def provenance(groups: dict[str, list[Run]]) -> str:
+def provenance(groups: dict[str, list[FinishedRun]]) -> str:
     """Return a sentence with the runs' commits, versions, hardware and durations."""
     runs = [run.summary for group in groups.values() for run in group]
     commits = ", ".join(sorted({run["commit"] or "unknown" for run in runs}))
