@@ -26,7 +26,8 @@ class LabelledData(ExampleData):
 
     Arguments in addition to `ExampleData`'s:
         label_column: the column that holds the label: a string, a whole number or a bool.
-        truncate: whether a text of more than max_tokens is cut to its first tokens, and counted, or is unusable.
+        truncate: if true, a text of more than max_tokens is cut to its first tokens and counted; if false, it is
+            unusable.
     """
 
     kind = Kind.LABELLED

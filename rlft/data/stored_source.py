@@ -71,7 +71,7 @@ class StoredSource(SplitSource):
 
     @cached_property
     def key(self) -> str | None:
-        """As for `rlft.core.cache_dir.Keyed`, made from every attribute whose name begins with no underscore.
+        """As for `rlft.core.cache_dir.Keyed`, made from every attribute that does not begin with an underscore.
 
         None for a class outside rlft, whose code may change without a change of `VERSION`.
         """

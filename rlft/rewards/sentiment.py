@@ -30,7 +30,7 @@ class Sentiment:
     """
 
     def __init__(self, target: str = "positive", *, scale: str = "graded") -> None:
-        """Raises `ConfigError` for an unknown `target` or `scale`, and where vaderSentiment is not installed."""
+        """Raises `ConfigError` for an unknown `target` or `scale`, and if vaderSentiment is not installed."""
         if target not in TARGETS:
             raise ConfigError(
                 f"reward.sentiment.target={target!r} must be one of {', '.join(TARGETS)}{nearest(str(target), TARGETS)}"

@@ -76,7 +76,7 @@ def _train(texts: Iterable[str], num_texts: int, vocab_size: int) -> tokenizers.
 def _load(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"{path} is damaged ({error}); delete it, and it is trained again") from error
 
 
