@@ -26,7 +26,7 @@ from rlft.cpu import attention
 from rlft.cpu.gelu import gelu
 from rlft.models.base import CausalLM
 from rlft.models.files import CONFIG_KEY, read_weights
-from rlft.models.kv.base import Cache, CacheShape
+from rlft.models.kv.base import AttentionCache, CacheShape
 
 # Published Conv1D weights are [in, out]; nn.Linear holds [out, in].
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -85,11 +85,11 @@ class Attention(nn.Module):
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
         self.is_causal = config.is_causal
 
-    def forward(self, x: Tensor, cache: Cache | None, outputs: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: AttentionCache | None, outputs: Tensor | None = None) -> Tensor:
         y = self.c_proj(_at(outputs, self._attend(self.c_attn(x), cache)))
         return F.dropout(y, self.dropout, self.training)
 
-    def _attend(self, qkv: Tensor, cache: Cache | None) -> Tensor:
+    def _attend(self, qkv: Tensor, cache: AttentionCache | None) -> Tensor:
         """Return `[B, T, C]` from queries, keys and values `[B, T, 3 C]`."""
         dropout = self.dropout if self.training else 0.0
         if cache is not None and cache.segments is not None and not dropout and attention.fits(qkv, self.n_head):
@@ -123,7 +123,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Cache | None, outputs: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: AttentionCache | None, outputs: Tensor | None = None) -> Tensor:
         """Return `[B, T, C]`, or `[B, M, C]` of the M places `outputs`: the others are keys and values only."""
         x = _at(outputs, x) + self.attn(self.ln_1(x), cache, outputs)
         return x + self.mlp(self.ln_2(x))
@@ -200,7 +200,7 @@ class GPT2(CausalLM):
         input_ids: Tensor,
         *,
         positions: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: AttentionCache | None = None,
         outputs: Tensor | None = None,
     ) -> Tensor:
         T = input_ids.shape[1]

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from rlft.models.base import CausalLM
 from rlft.models.kv.static import ALIGNMENT, StaticCache, aligned
-from rlft.rollout.state import Active, RolloutState
+from rlft.rollout.state import Prefilled, RolloutState
 
 CAPTURE_BYTES = 80e9  # that a GPU could read in the time of a capture: 20 ms at 4 TB/s; benchmarks/gpu.py measures it
 
@@ -31,25 +31,26 @@ def fits(policy: CausalLM, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def decode(policy: CausalLM, active: Active, table: RolloutState, *, check_every: int) -> None:
-    """Decode all rows of `active`, whose cache is a `StaticCache`, to their ends, into `table`.
+def decode(policy: CausalLM, new: Prefilled, state: RolloutState, *, check_every: int) -> None:
+    """Decode all rows of `new` to their ends, into `state`.
 
-    Each `check_every` steps it waits for the GPU and looks which rows are open, unless all end together.
+    Unless all rows end together, every `check_every` steps it waits for the GPU to see which rows are open.
     """
-    assert isinstance(active.cache, StaticCache) and not policy.training
-    device = active.rows.device.type
+    assert not policy.training
+    device = new.rows.device.type
+    cache = StaticCache(new.prefix, new.prompt_of_row, max_new_tokens=state.max_new, shape=policy.cache_shape)
     # Autocast's own copies of weights must not be made during a capture: they would lie in the graph's memory.
     dtype, is_on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     with torch.autocast(device, dtype=dtype, enabled=is_on, cache_enabled=False):
-        steps = _Steps(policy, active, table, active.cache)
-        for step in range(1, table.max_new):
+        steps = _Steps(policy, new, state, cache)
+        for step in range(1, state.max_new):
             steps.take()
-            if table.ends_early and step % check_every == 0:
-                is_open = table.is_open(steps.rows, steps.done)
+            if state.ends_early and step % check_every == 0:
+                is_open = state.is_open(steps.rows, steps.done)
                 num_open = int(is_open.sum())
                 if num_open == 0:
                     break
-                steps.leave_behind(is_open, num_open, num_left=table.max_new - step)
+                steps.leave_behind(is_open, num_open, num_left=state.max_new - step)
         else:
             steps.draw()
     if device == "cuda":
@@ -59,10 +60,10 @@ def decode(policy: CausalLM, active: Active, table: RolloutState, *, check_every
 class _Steps:
     """One token after the other for the rows that are left; what changes stays where it is between two captures."""
 
-    def __init__(self, policy: CausalLM, active: Active, table: RolloutState, cache: StaticCache) -> None:
-        self.policy, self.table, self.cache = policy, table, cache
-        self.rows, self.hidden = active.rows, active.hidden.clone()
-        self.done, self.position = active.done.clone(), active.position.clone()
+    def __init__(self, policy: CausalLM, new: Prefilled, state: RolloutState, cache: StaticCache) -> None:
+        self.policy, self.state, self.cache = policy, state, cache
+        self.rows, self.hidden = new.rows, new.hidden.clone()
+        self.done, self.position = torch.zeros_like(new.rows), new.position.clone()
         self.head = _cast(policy.head_weight).to(_cast(self.hidden).dtype).t()
         # Autocast would cast these again in each replay; cast once, they give the same bits.
         self.weights = {
@@ -89,8 +90,7 @@ class _Steps:
 
     def draw(self) -> Tensor:
         """Draw a token for each row, `[A]`."""
-        logits = (self.hidden.to(self.head.dtype) @ self.head) / self.table.sampling.temperature
-        token = self.table.draw(logits, self.rows, self.done)
+        token = self.state.draw(self.hidden.to(self.head.dtype) @ self.head, self.rows, self.done)
         self.done += 1
         return token
 
@@ -100,7 +100,7 @@ class _Steps:
         saved = max(0.0, 1 - size / len(self.rows)) * cache.slot_bytes * cache.length * num_left
         if saved > CAPTURE_BYTES:
             kept = is_open.int().argsort(descending=True, stable=True)[:size]
-            cache.keep(kept)
+            cache.compact(kept)
             self.rows, self.hidden = self.rows[kept], self.hidden[kept]
             self.done, self.position = self.done[kept], self.position[kept]
             cache.length = cache.used  # so that the next step is captured

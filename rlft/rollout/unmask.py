@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlft.core.errors import ConfigError, nearest
 from rlft.models.base import CausalLM
-from rlft.rollout.sampling import sample, uniforms
+from rlft.rollout.sampling import Identity, Sampling, choose
 
 ORDERS = ("confidence", "ancestral")
 
@@ -69,7 +69,9 @@ def unmask(
     """
     if policy.mask_id is None:
         raise ConfigError("a causal model has no [MASK] to fill in: sample it with rlft.rollout.engine.generate")
-    draws, times = (_uniforms(ids, seed=seed, step=step, stream=stream, first_row=first_row, member=m) for m in (0, 1))
+    B, T = ids.shape
+    identities = (Identity(seed, stream, step, list(range(first_row, first_row + B)), [kind] * B) for kind in (0, 1))
+    draws, times = (identity.uniforms(T, device=ids.device) for identity in identities)
     was_training = policy.training
     policy.eval()
     num_hidden = (ids == policy.mask_id).sum(dim=1)  # [B] before the first round
@@ -92,7 +94,7 @@ def _draw(policy: CausalLM, ids: Tensor, places: Tensor, draws: Tensor, *, tempe
     """Draw a token at each of `places`: tokens `[B, T]`, and their logprobs at temperature 1, -inf elsewhere."""
     states = policy(ids)[places]  # [N, C]
     logits = states @ policy.head_weight.to(states.dtype).t()  # [N, V]
-    tokens, _ = sample(logits / temperature, draws[places])
+    tokens, _ = choose(logits, draws[places], sampling=Sampling(1, temperature))
     logprobs = logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32)).gather(1, tokens[:, None])[:, 0]
     confidence = logprobs.new_full(ids.shape, -torch.inf).masked_scatter(places, logprobs)
     return torch.zeros_like(ids).masked_scatter(places, tokens), confidence
@@ -102,10 +104,3 @@ def _rank(x: Tensor) -> Tensor:
     """Return each entry's place in its row's descending order, the earlier of two equals first: `[B, T]` int64."""
     order = x.argsort(dim=1, descending=True, stable=True)
     return torch.empty_like(order).scatter(1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
-
-
-def _uniforms(ids: Tensor, *, seed: int, step: int, stream: str, first_row: int, member: int) -> Tensor:
-    num_rows, num_tokens = ids.shape
-    rows, members = list(range(first_row, first_row + num_rows)), [member] * num_rows
-    made = uniforms(seed=seed, stream=stream, step=step, prompts=rows, members=members, num_tokens=num_tokens)
-    return torch.from_numpy(made).to(ids.device)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.models.kv.base import CacheShape, SlotCache, prompt_slots
+from rlft.models.kv.base import Cache, CacheShape, prompt_slots
 from rlft.models.kv.prefix import PrefixCache
 
 
-class DecodeCache(SlotCache):
+class DecodeCache(Cache):
     """A preallocated cache for token-by-token decoding of B rows; written in place, without gradients.
 
     Memory: 2 * layers * B * H * (S + max_new_tokens) * D elements; with joined rows up to 2 max_new_tokens.
@@ -41,7 +41,7 @@ class DecodeCache(SlotCache):
             self.used = end
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def keep(self, rows: Tensor) -> None:
+    def compact(self, rows: Tensor) -> None:
         """Compact: keep `rows` (int64 indices) and drop the others, whose sequences are finished."""
         self.keys = [k.index_select(0, rows) for k in self.keys]
         self.values = [v.index_select(0, rows) for v in self.values]
@@ -49,7 +49,7 @@ class DecodeCache(SlotCache):
         if self.visible is not None:
             self.visible = self.visible.index_select(0, rows)
 
-    def join(self, prefix: PrefixCache, prompt_of_row: Tensor) -> None:
+    def admit(self, prefix: PrefixCache, prompt_of_row: Tensor) -> None:
         """Let further rows begin behind those that are here, as many new tokens long at most."""
         shift = int(self.starts.min()) if len(self.starts) else self.used - self.num_slots
         old, num_slots = self.num_slots, max(self.num_slots, prefix.keys[0].shape[2])

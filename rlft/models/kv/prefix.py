@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlft.models.kv.base import SlotCache, prompt_slots
+from rlft.models.kv.base import Cache, prompt_slots
 
 
-class PrefixCache(SlotCache):
+class PrefixCache(Cache):
     """The keys and values of P prompts, recorded by one causal forward over `[P, S]`; differentiable.
 
     `expand` gives each completion row its prompt's keys and values, so that a prompt is forwarded once for its whole
@@ -33,7 +33,7 @@ class PrefixCache(SlotCache):
         return ExpandedPrefix(self, prompt_of_row)
 
 
-class ExpandedPrefix(SlotCache):
+class ExpandedPrefix(Cache):
     """A prefix as B completion rows see it in one forward over all their tokens (row b continues prompt_of_row[b])."""
 
     def __init__(self, prefix: PrefixCache, prompt_of_row: Tensor) -> None:

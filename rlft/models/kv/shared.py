@@ -10,18 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.models.kv.base import CacheShape, prompt_slots
+from rlft.models.kv.base import AttentionCache, CacheShape, prompt_slots
 from rlft.models.kv.prefix import PrefixCache
 
 
-class SharedDecodeCache:
+class SharedDecodeCache(AttentionCache):
     """A cache for token-by-token decoding of B rows that continue P prompts; written in place, without gradients.
 
     Rows sit in P x G seats, their prompt's G being those of the largest group; a seat may be empty. Memory:
     2 * layers * H * (P * S + B * max_new_tokens) * D elements; with joined rows up to 2 max_new_tokens.
     """
-
-    segments = None
 
     def __init__(self, prefix: PrefixCache, prompt_of_row: Tensor, *, max_new_tokens: int, shape: CacheShape) -> None:
         # Keys of prompts lie transposed, [P, H, D, S], as the product with queries wants them.
@@ -34,10 +32,6 @@ class SharedDecodeCache:
         self.num_done = 0  # completion slots that are filled
         self.starts = torch.zeros_like(prompt_of_row)  # [B], the slot that a row's first token is in
         self._seat(prompt_of_row)
-
-    @property
-    def used(self) -> int:
-        return self.prompt_values[0].shape[2] + self.num_done
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:
         if queries.shape[2] != 1:
@@ -56,7 +50,7 @@ class SharedDecodeCache:
         from_prompt = torch.matmul(self._to_seats(weights[..., :S]), self.prompt_values[layer])  # [P, H, G, D]
         return torch.matmul(weights[..., S:], self.values[layer][:, :, :end]).add_(self._to_rows(from_prompt))
 
-    def keep(self, rows: Tensor) -> None:
+    def compact(self, rows: Tensor) -> None:
         """Compact: keep `rows` (int64 indices) and drop the others, and the prompts that have no row left."""
         self.keys = [k.index_select(0, rows) for k in self.keys]
         self.values = [v.index_select(0, rows) for v in self.values]
@@ -68,7 +62,7 @@ class SharedDecodeCache:
             self.lengths = self.lengths.index_select(0, prompts)
         self._seat(prompt_of_row)
 
-    def join(self, prefix: PrefixCache, prompt_of_row: Tensor) -> None:
+    def admit(self, prefix: PrefixCache, prompt_of_row: Tensor) -> None:
         """Let further rows begin behind those that are here, as many new tokens long at most."""
         B, P = len(self.starts), len(self.lengths)
         shift = int(self.starts.min()) if B else self.num_done

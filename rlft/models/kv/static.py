@@ -8,19 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.models.kv.base import CacheShape, prompt_slots
+from rlft.models.kv.base import AttentionCache, CacheShape, prompt_slots
 from rlft.models.kv.prefix import PrefixCache
 
 ALIGNMENT = 16  # torch's memory-efficient attention copies a mask whose rows begin elsewhere
 
 
-class StaticCache:
+class StaticCache(AttentionCache):
     """Keys and values of B rows, `[prompt slots | completion slots]`, for steps that know nothing of the host.
 
     Memory: 2 * layers * B * H * (S + max_new_tokens) * D elements; each row has a copy of its prompt's.
     """
-
-    segments = None
 
     def __init__(self, prefix: PrefixCache, prompt_of_row: Tensor, *, max_new_tokens: int, shape: CacheShape) -> None:
         num_rows, self.used = len(prompt_of_row), prefix.keys[0].shape[2]
@@ -56,7 +54,7 @@ class StaticCache:
             queries, keys, values, attn_mask=self.bias[..., : self.length], dropout_p=dropout
         )
 
-    def keep(self, rows: Tensor) -> None:
+    def compact(self, rows: Tensor) -> None:
         """Keep `rows` (int64 indices) and drop the others."""
         for own in (self.keys, self.values):
             for layer, whole in enumerate(own):  # one after the other, so that two copies of all are never held
