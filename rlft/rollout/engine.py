@@ -1,7 +1,7 @@
 """Rollout: prefill each prompt once for its whole group, then decode token by token.
 
-Rows are right-padded; the cache is preallocated; rows that ended are compacted away; there are no logits processors.
-The sampler's logprobs come with the tokens, so that the first update needs no second pass for them.
+Rows are right-padded, caches are preallocated, and there are no logits processors. The sampler's logprobs come with the
+tokens, so that the first update needs no second pass for them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlft.rollout.batching import RunningBatch, WaitingQueue
 from rlft.rollout.sampling import Identity, Sampling
 from rlft.rollout.state import Prefilled, RolloutState
 
-CHECK_EVERY = 8  # steps between two looks at which rows ended, on a GPU, which each look waits for
+CHECK_EVERY = 8  # on a GPU, the steps between two looks at which rows ended: each look waits for the GPU
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Rollout:
 
     rows: Rows
     logprobs: Tensor  # [B, T] of the sampler, at its temperature; 0 outside the mask
-    finish_reasons: list[str]  # "stop": the end token was drawn; "length": max_new_tokens or the context was reached
+    finish_reasons: list[str]  # "stop": the end token was drawn; "length": max_new_tokens or the context was full
 
     def completions(self) -> list[list[int]]:
         """Return each row's counted token ids."""
@@ -40,7 +40,7 @@ class Rollout:
 
 
 def select_prompts(rollout: Rollout, prompts: list[int], *, group_size: int) -> Rollout:
-    """Return the groups of these prompts (indices in ascending order), as a rollout of theirs alone would be."""
+    """Return the rollout of these prompts alone (indices in ascending order)."""
     rows = [p * group_size + i for p in prompts for i in range(group_size)]
     old = rollout.rows
     prompt_of_row = torch.arange(len(prompts), device=old.prompt_of_row.device).repeat_interleave(group_size)
@@ -88,9 +88,9 @@ def generate(
 
     A sample's identity is (seed, stream, step, first_prompt + its prompt's index, member of the group): the tokens do
     not depend on what else is in the batch. A row whose prompt leaves fewer than `max_new_tokens` positions stops at
-    the context's end, with finish reason "length". At most `sampling.max_rows` rows decode at once, where that is
-    given, and others join as those end: a rollout of any size fits. `clock` takes the seconds of "prefill" and
-    "decode".
+    the context's end, with finish reason "length". With `sampling.max_rows`, at most so many rows decode at once and
+    others are admitted as those end, so that a rollout of any size fits. `clock` gets the seconds of "prefill" (the
+    forward of prompts) and "decode".
 
     Raises `ValueError` for an empty prompt or one that fills the context.
     """
@@ -116,7 +116,7 @@ def generate(
 def _prefill_and_decode(
     policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, state: RolloutState, *, group_size: int, clock: Clock
 ) -> None:
-    """Prefill and decode all rows: by the compiled loop on a CPU, by CUDA graphs on a GPU, or by plain torch."""
+    """Prefill and decode all rows of `state`, by the fastest of the three decoders that can."""
     device, sampling = lengths.device, state.sampling
     waiting = WaitingQueue(len(lengths), group_size=group_size, max_rows=sampling.max_rows)
     is_compiled = waiting.max_rows >= len(state.limit) and fits_cpu(policy, sampling, device)
@@ -125,32 +125,19 @@ def _prefill_and_decode(
     while waiting.units:
         units = waiting.take(0 if running is None else len(running.rows))
         with clock("prefill"):
-            new = _prefilled(policy, prompt_ids, lengths, units, group_size=group_size)
+            new = Prefilled.of(policy, prompt_ids, lengths, units, group_size=group_size)
         with clock("decode"):
-            if is_compiled:
+            if is_compiled:  # a GPT-2 in float32 on a CPU, all rows at once: the whole loop is compiled
                 _decode_compiled(policy, new, state)
-            elif is_graph:
+            elif is_graph:  # a GPU: a step is one launch, and rows decode to their ends before others begin
                 cuda_graph.decode(policy, new, state, check_every=CHECK_EVERY)
-            else:
+            else:  # plain torch: waiting rows are admitted as others end
                 running = RunningBatch(policy, new, max_new=state.max_new) if running is None else running.admit(new)
                 check_every = 1 if device.type == "cpu" else CHECK_EVERY
                 running = running.decode(state, until_free=waiting.num_wanted, check_every=check_every)
 
 
-def _prefilled(
-    policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, units: list[range], *, group_size: int
-) -> Prefilled:
-    """Forward the prompts of some units of rows, each prompt once for its unit."""
-    device = lengths.device
-    prompts = torch.tensor([unit[0] // group_size for unit in units], device=device)
-    sizes = torch.tensor([len(unit) for unit in units], device=device)
-    prompt_of_row = torch.arange(len(units), device=device).repeat_interleave(sizes)
-    rows = torch.tensor([row for unit in units for row in unit], device=device)
-    return Prefilled.of(policy, prompt_ids[prompts], lengths[prompts], rows=rows, prompt_of_row=prompt_of_row)
-
-
 def _decode_compiled(policy: CausalLM, new: Prefilled, state: RolloutState) -> None:
-    """Decode all rows of the rollout to their ends."""
     state.ids, state.logprobs, state.counts, state.stopped = compiled_loop.decode(
         policy,
         new.prefix,
@@ -165,7 +152,7 @@ def _decode_compiled(policy: CausalLM, new: Prefilled, state: RolloutState) -> N
 
 
 def fits_cpu(policy: CausalLM, sampling: Sampling, device: torch.device) -> bool:
-    """Return whether the compiled loop of `rlft.cpu.decode` does what the loop here does for this policy."""
+    """Return whether the compiled loop of `rlft.cpu.decode` can decode this policy with this sampling."""
     return (
         type(policy) is GPT2
         and policy.mask_id is None

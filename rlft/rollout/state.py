@@ -65,9 +65,12 @@ class Prefilled:
     prompt_of_row: Tensor  # [A] int64, a row's prompt among the P
 
     @classmethod
-    def of(
-        cls, policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, rows: Tensor, prompt_of_row: Tensor
-    ) -> Prefilled:
-        """Forward right-padded prompts `[P, S]` of `lengths` [P], which `rows` [A] continue."""
-        hidden, prefix = prefill(policy, prompt_ids[:, : int(lengths.max())], lengths)
+    def of(cls, policy: CausalLM, ids: Tensor, lengths: Tensor, units: list[range], *, group_size: int) -> Prefilled:
+        """Forward the prompt of each unit, which is some rows of one group; `ids` and `lengths` are of all prompts."""
+        device = lengths.device
+        prompts = torch.tensor([unit[0] // group_size for unit in units], device=device)
+        sizes = torch.tensor([len(unit) for unit in units], device=device)
+        rows = torch.tensor([row for unit in units for row in unit], device=device)
+        prompt_of_row, lengths = torch.arange(len(units), device=device).repeat_interleave(sizes), lengths[prompts]
+        hidden, prefix = prefill(policy, ids[prompts, : int(lengths.max())], lengths)
         return cls(rows, hidden[prompt_of_row], lengths[prompt_of_row], prefix, prompt_of_row)

@@ -1,4 +1,4 @@
-"""One completion, token by token as it is drawn: for a person who reads along. `engine.generate` is for many."""
+"""One completion, token by token as it is drawn, for a person who reads along."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def stream(
     if not prompt or len(prompt) >= policy.context_length:
         raise ValueError(f"a prompt has 1 to {policy.context_length - 1} tokens, and this one has {len(prompt)}")
     device = policy.head_weight.device
-    lengths, row = torch.tensor([len(prompt)], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    ids, lengths = torch.tensor([prompt], device=device), torch.tensor([len(prompt)], device=device)
     identity = Identity(seed, stream, step, [prompt_number], [member])
     state = RolloutState(policy, lengths, identity, sampling=sampling, eos_id=eos_id)
-    new = Prefilled.of(policy, torch.tensor([prompt], device=device), lengths, rows=row, prompt_of_row=row)
+    new = Prefilled.of(policy, ids, lengths, [range(1)], group_size=1)
     running = RunningBatch(policy, new, max_new=state.max_new)
     while True:
         token = running.draw(state)
         yield int(token)
-        if not state.is_open(row, running.done):
+        if not state.is_open(running.rows, running.done):
             return
         running.read(token)

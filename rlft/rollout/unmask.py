@@ -1,15 +1,15 @@
-"""Sampling from a masked-diffusion model: hidden tokens are filled in over several rounds, each one forward.
+"""Sampling from a masked-diffusion model: hidden tokens are filled in over several rounds, each of one forward.
 
-Two orders. "ancestral" runs the noise process backwards (Sahoo et al., MDLM, arXiv:2406.07524, with the schedule
-alpha = 1 - t): a token that was hidden at t is shown by s < t with probability (t - s) / t, wherever it stands.
-"confidence" shows in each round the tokens that the model is surest of, an equal number a round, and hides the others
-again (Nie et al., LLaDA, arXiv:2502.09992, section 2.4, low-confidence remasking).
+There are two orders. "ancestral" runs the noise process backwards (Sahoo et al., MDLM, arXiv:2406.07524, with the
+schedule alpha = 1 - t): a token that is hidden at t is shown by s < t with probability (t - s) / t, wherever it stands.
+"confidence" shows in each round the tokens that the model is surest of, the same number in every round, and hides the
+others again (Nie et al., LLaDA, arXiv:2502.09992, section 2.4, low-confidence remasking).
 
-Both papers draw afresh in each round. Here a place has one uniform for its token, and for "ancestral" one for the time
-at which it is shown, for all rounds (counted, as `rlft/rollout/sampling.py` has it). "ancestral" samples the same
-distribution so, because a token is drawn in one round only. "confidence" is changed: drawn afresh, an unlikely token
-has a chance in every round and is passed over in each, so that text comes out sharper than the model at temperature 1;
-with one uniform a place keeps its draw until its turn.
+Both papers draw anew in each round. Here a place has one uniform for its token in all rounds, and with "ancestral" one
+for the time at which it is shown (both counted, see `rlft/rollout/sampling.py`). For "ancestral" the distribution is
+the same, because each token is drawn in one round only. "confidence" differs: in the paper an unlikely token is drawn
+again and again, and passed over each time, so that text comes out sharper than the model at temperature 1; with one
+uniform a place keeps its draw until its turn.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Unmasking:
     """How hidden tokens are filled in.
 
     Arguments:
-        num_rounds: forwards at most; with as many rounds as hidden tokens "confidence" shows one at a time.
+        num_rounds: the most forwards; with as many rounds as hidden tokens "confidence" shows one token a round.
         order: "confidence" or "ancestral".
         temperature: divides the logits that tokens are drawn from; > 0. Confidence is the probability at 1.
     """
@@ -64,8 +64,9 @@ def unmask(
 ) -> Tensor:
     """Return `ids` `[B, T]` int64 with every `policy.mask_id` replaced by a drawn token; the others stay.
 
-    The draws at place i of row b are a function of (seed, stream, step, first_row + b, i). The logits of a round's
-    tokens are held at once: for "confidence" of all that are hidden. Raises `ConfigError` for a causal policy.
+    The draws at place i of row b are a function of (seed, stream, step, first_row + b, i). The logits of all tokens
+    that a round draws are in memory at once; for "confidence" these are all hidden tokens. Raises `ConfigError` for a
+    causal policy.
     """
     if policy.mask_id is None:
         raise ConfigError("a causal model has no [MASK] to fill in: sample it with rlft.rollout.engine.generate")

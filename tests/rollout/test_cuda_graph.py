@@ -58,7 +58,7 @@ def by_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Rollout, Se
     def rollout(policy: GPT2, *, check_every: int = 1, capture_bytes: float = 0.0, **changed: Any) -> Any:
         seen = Seen()
         begin, compact, decode = StaticCache.__init__, StaticCache.compact, cuda_graph.decode
-        captured, step, leave_behind = (getattr(cuda_graph._Steps, n) for n in ("_captured", "_step", "leave_behind"))
+        captured, step, look = (getattr(cuda_graph._Steps, n) for n in ("_captured", "_step", "compact"))
 
         def filled(cache: StaticCache, prefix: PrefixCache, *args: Any, **kwargs: Any) -> None:
             begin(cache, prefix, *args, **kwargs)
@@ -84,7 +84,7 @@ def by_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Rollout, Se
 
         def counted_look(steps: Any, *args: Any, **kwargs: Any) -> None:
             seen.num_looks += 1
-            leave_behind(steps, *args, **kwargs)
+            look(steps, *args, **kwargs)
 
         with monkeypatch.context() as patch:
             patch.setattr(cuda_graph, "CAPTURE_BYTES", capture_bytes)
@@ -94,7 +94,7 @@ def by_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Rollout, Se
             patch.setattr(StaticCache, "compact", counted_compact)
             patch.setattr(cuda_graph._Steps, "_captured", counted_capture)
             patch.setattr(cuda_graph._Steps, "_step", counted_step)
-            patch.setattr(cuda_graph._Steps, "leave_behind", counted_look)
+            patch.setattr(cuda_graph._Steps, "compact", counted_look)
             return plainly(policy, **changed), seen
 
     return rollout
