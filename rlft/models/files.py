@@ -34,12 +34,9 @@ def read_weights(path: str) -> tuple[dict, dict[str, Tensor]]:
             f"is in {directory}"
         )
     index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {"all": "model.safetensors"}
     weights = {}
-    for name in names:
+    for name in sorted(set(weight_map.values())):
         if not (directory / name).is_file():
             raise ConfigError(f"model.path={path}: {name} is missing (only safetensors are read, never pickles)")
         weights |= _read_file(directory / name)[0]

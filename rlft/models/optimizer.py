@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 _Base = torch.optim.AdamW
-
-
-def _inner(method: Callable[..., Any]) -> Any:
-    return inspect.unwrap(method)
+_inner = cast(Callable[..., Any], inspect.unwrap)
 
 
 class AdamW(_Base):

@@ -38,12 +38,7 @@ class Scorer(nn.Module):
         self.policy, self.head = policy, head
 
     def forward(
-        self,
-        rows: Rows,
-        *,
-        temperature: float = 1.0,
-        entropy_grad: bool = False,
-        noised_ids: Tensor | None = None,
+        self, rows: Rows, *, temperature: float = 1.0, entropy_grad: bool = False, noised_ids: Tensor | None = None
     ) -> Scores:
         """Score the counted tokens; `noised_ids` [B, T] are the completions as a bidirectional policy reads them."""
         mask = rows.completion_mask

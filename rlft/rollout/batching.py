@@ -6,6 +6,8 @@ every model and device that none of the faster decoders takes.
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 
@@ -23,19 +25,15 @@ class WaitingQueue:
     def __init__(self, num_prompts: int, *, group_size: int, max_rows: int | None) -> None:
         self.max_rows = num_prompts * group_size if max_rows is None else max_rows
         size = min(group_size, self.max_rows)
-        self.units = [
-            range(first + i, first + min(i + size, group_size))
-            for first in range(0, num_prompts * group_size, group_size)
-            for i in range(0, group_size, size)
-        ]
+        groups = (range(p * group_size, (p + 1) * group_size) for p in range(num_prompts))
+        self.units = deque(group[i : i + size] for group in groups for i in range(0, group_size, size))
 
     def take(self, num_running: int) -> list[range]:
         """Remove and return the units that fit beside so many running rows."""
-        number = 0
-        while number < len(self.units) and num_running + len(self.units[number]) <= self.max_rows:
-            num_running += len(self.units[number])
-            number += 1
-        taken, self.units = self.units[:number], self.units[number:]
+        taken = list[range]()
+        while self.units and num_running + len(self.units[0]) <= self.max_rows:
+            num_running += len(self.units[0])
+            taken.append(self.units.popleft())
         return taken
 
     @property
@@ -51,10 +49,10 @@ class RunningBatch:
         self.policy, self.head = policy, policy.head_weight.to(new.hidden.dtype).t()
         self.rows, self.done = new.rows, torch.zeros_like(new.rows)  # [A] their numbers, and tokens drawn by each
         self.hidden, self.position = new.hidden, new.position  # [A, C] predicts the next token, [A] of that token
-        self.is_mixed = False  # whether some were admitted later than others
+        self.is_mixed = False  # whether some rows were admitted later than others
         is_shared = policy.takes_packed and len(new.rows) > len(new.prefix.lengths)
         cache_type: type[DecodeCache | SharedDecodeCache] = SharedDecodeCache if is_shared else DecodeCache
-        self.cache: DecodeCache | SharedDecodeCache | None = None  # a single new token follows from the prompt
+        self.cache: DecodeCache | SharedDecodeCache | None = None  # for one new token the prompt's states are enough
         if max_new > 1:
             self.cache = cache_type(new.prefix, new.prompt_of_row, max_new_tokens=max_new, shape=policy.cache_shape)
 

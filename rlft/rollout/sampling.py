@@ -92,15 +92,14 @@ class Identity:
 def choose(
     logits: Tensor, uniform: Tensor | None, *, sampling: Sampling, eos_id: int | None = None, done: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Choose one token for each row: by temperature, `min_new_tokens`, top-k and top-p, then greedily or by `sample`.
+    """Choose each row's next token: ids [B] int64, and their logprobs [B] under the distribution after all filters.
+
+    Temperature, `min_new_tokens`, top-k and top-p apply in this order, then `sample`, or argmax without a uniform.
 
     Arguments:
         logits: [B, V] floating, the policy's own; they may be overwritten.
         uniform: [B] float64 in [0, 1), or None for the likeliest token.
         done: [B] int64, tokens that each row has drawn so far; needed for `min_new_tokens`, as is `eos_id`.
-
-    Returns:
-        ids [B] int64 and their logprobs [B] under the distribution that they are drawn from.
     """
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature

@@ -85,7 +85,8 @@ def unmask(
         tokens, confidence = _draw(policy, ids, drawn, draws, temperature=how.temperature)
         if how.order == "confidence":
             quota = num_hidden // how.num_rounds + (k < num_hidden % how.num_rounds)
-            drawn &= _rank(confidence) < quota[:, None]
+            order = confidence.argsort(dim=1, descending=True, stable=True)  # the earlier of two equals first
+            drawn &= order.argsort(dim=1) < quota[:, None]
         ids = torch.where(drawn, tokens, ids)
     policy.train(was_training)
     return ids
@@ -99,9 +100,3 @@ def _draw(policy: CausalLM, ids: Tensor, places: Tensor, draws: Tensor, *, tempe
     logprobs = logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32)).gather(1, tokens[:, None])[:, 0]
     confidence = logprobs.new_full(ids.shape, -torch.inf).masked_scatter(places, logprobs)
     return torch.zeros_like(ids).masked_scatter(places, tokens), confidence
-
-
-def _rank(x: Tensor) -> Tensor:
-    """Return each entry's place in its row's descending order, the earlier of two equals first: `[B, T]` int64."""
-    order = x.argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(order).scatter(1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
