@@ -25,6 +25,7 @@ class Scripted(Algorithm):
 
     def __init__(self, policy, *, values=(1.0,), bad=(), updates: int = 1, rows: int = 4) -> None:
         self.inner = sft(policy, FixedText(BLOCKS, BLOCKS[:4]), rows_per_step=rows)
+        super().__init__(self.inner.run)
         self.values, self.bad, self.updates_per_batch = list(values), bad, updates
         self.collected: list[int] = []
         self.updates: list[int] = []
@@ -33,9 +34,9 @@ class Scripted(Algorithm):
         self.collected.append(batch_index)
         return self.inner.collect(batch_index)
 
-    def loss(self, scorer, batch, totals, means, *, update: int):
+    def loss(self, scorer, batch, denominators, metrics, *, update: int):
         self.updates.append(update)
-        loss = self.inner.loss(scorer, batch, totals, means, update=update)
+        loss = self.inner.loss(scorer, batch, denominators, metrics, update=update)
         return loss * math.nan if self.collected[-1] in self.bad else loss
 
     def evaluate(self) -> Evaluation:
@@ -76,7 +77,7 @@ def test_step_is_torchs_own_clipped_adamw_step_at_the_schedules_rate(tmp_path):
     made = trainer(policy, Scripted(policy), tmp_path, weight_decay=0.1, **settings)
     optimizer = other.configure_optimizers(learning_rate=1.0, weight_decay=0.1, betas=(0.9, 0.99))
     for step in range(5):
-        blocks = made.algorithm.inner.data.batch(step, size=4, seed=0)
+        blocks = made.algorithm.run.data.batch(step, size=4, seed=0)
         logits = other(blocks[:, :-1]) @ other.head_weight.t()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
         optimizer.zero_grad()
