@@ -51,9 +51,10 @@ test_python:                 ## PYTHON=/path/to/python3.13: the suite in an envi
 test_lowest test_newest:     ## the versions that pyproject.toml allows, or the index has; KEEP=torch==2.13.0 stays
 	$(PYTHON) -m tests.versions $(@:test_%=%) $(if $(KEEP),--keep $(KEEP))
 
-check: $(TESTED)          ## lint and types; that every configuration composes is tests/test_config.py, in make test
+check: $(TESTED)          ## lint, types, and that imports run down; make test checks that every configuration composes
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 tensorboard: $(INSTALLED)
 	$(VENV)/bin/tensorboard --logdir outputs

@@ -65,13 +65,13 @@ def overrides(args: argparse.Namespace, directory: Path) -> list[str]:
         text = directory / "text.txt"
         text.write_text("\n\n".join(prompts(argparse.Namespace(seed=0, ragged=False, plen=4096), 64)))
         return [
-            *made, "algo=sft", "reward=[]", "reference=none", "data=text_file", f"data.source.path={text}",
+            *made, "algo=sft", "reward=[]", "reference=none", "data=text", f"data.source.path={text}",
             f"data.block_size={args.plen}", f"algo.rows_per_step={args.prompts}",
         ]  # fmt: skip
     file = directory / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts(args, 40 * args.prompts)))
     made += [
-        "data=jsonl", f"data.source.path={file}", "reward=custom", f"reward.custom.function={Path(__file__)}:reward",
+        "data=prompts", f"data.source.path={file}", "reward=custom", f"reward.custom.function={Path(__file__)}:reward",
         f"algo={args.work}",
     ]  # fmt: skip
     if args.work == "ppo":

@@ -1,6 +1,6 @@
 """From the checked configuration to objects: the only file that instantiates.
 
-Order: what is cheap and can fail comes first (hardware, data), then weights, then the algorithm that wires them.
+What is cheap and can fail comes first (hardware, the algorithm's check, data), then weights, then the algorithm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlft.core.errors import ConfigError, RlftError
 from rlft.core.metrics import Clock
 from rlft.core.paths import conf_directory
 from rlft.core.settings import RootSettings, field_names, gathered, parameters_of
-from rlft.data.kinds import check_kind
+from rlft.data.kinds import check_columns, check_kind
 from rlft.models.base import CausalLM
 from rlft.references.frozen import initial as initial_reference
 from rlft.references.frozen import none as no_reference
@@ -58,6 +58,8 @@ def build(config: RootConfig) -> Job:
     make_algorithm = _parts(config.algo)
     kind: Any = make_algorithm.func
     check_kind(kind, get_method(config.data["_target_"]))
+    if isinstance(source := config.data.get("source"), dict) and "_target_" in source:
+        check_columns(config.data, get_method(source["_target_"]))
     kind.check(_setup(config, world_size=accelerator.num_processes), **make_algorithm.keywords)
     tokenizer = _tokenizer(config.model)
     data = _instantiate(config.data, tokenizer=tokenizer)
@@ -174,7 +176,7 @@ def _rewards(node: dict[str, dict]) -> RewardSum:
 def _reference(node: dict, **available: Any) -> CausalLM | None:
     """Return the reference, made from those of the available objects that its function names.
 
-    rlft/config.py has refused a function that asks for another one.
+    rlft/config.py has already refused a function that asks for anything else.
     """
     names = parameters_of(get_method(node["_target_"]))
     return _instantiate(node, **{name: value for name, value in available.items() if name in names})
@@ -185,9 +187,9 @@ def _instantiate(node: dict, **given: Any) -> Any:
 
 
 def _parts(node: dict, **replaced: Any) -> functools.partial:
-    """Return a node's callable with its settings and built parts; an error of ours under Hydra's is raised as itself.
+    """Return a node's callable with its settings and nested parts; an `RlftError` that Hydra wrapped is raised itself.
 
-    What the run gives is passed at the call: Hydra would try to make configuration nodes of it.
+    What the run gives is passed at the call: Hydra would try to turn it into configuration nodes.
     """
     try:
         made = instantiate(node | {"_partial_": True}, _convert_="all")

@@ -1,4 +1,4 @@
-"""The configuration's schema, and its check after composition: nothing unknown or mistyped gets past it.
+"""The check of the whole configuration after composition: nothing unknown or mistyped gets past it.
 
 Hydra refuses an unknown key on the command line but adds one that stands in an experiment file, and `_partial_` hides a
 wrong argument until the call. So the composed configuration is checked as a whole: root keys and types against
@@ -11,24 +11,22 @@ import collections.abc
 import inspect
 import math
 import re
-import sys
 import types
 import typing
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rlft import choices
 from rlft.core.errors import ConfigError, nearest
 from rlft.core.paths import conf_directory
-from rlft.core.ranges import Range
+from rlft.core.ranges import Choice, Range
 from rlft.core.settings import RootSettings, parameters_of
-from rlft.trainer.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "hardware": (),
     "tracker": (),
 }
-NODE = object()  # stands for the type of what is made from a node with a _target_: an object of ours, or a function
+NODE = object()  # the hint of a value that is built from a node with a _target_
 # What rlft/build.py itself reads of a group's YAML, and its type.
 READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
@@ -73,7 +71,7 @@ def checked(config: DictConfig) -> RootConfig:
 
 
 def checked_values(values: dict[str, Any]) -> RootConfig:
-    """Return plain values, wherever they come from, as a configuration; raises as `checked` does. Imports targets."""
+    """Check plain values as a configuration, and import the targets that they name; raises as `checked` does."""
     _check_keys(values)
     _check_plain("", values)
     root = {key: value for key, value in values.items() if key not in GROUPS}
@@ -104,7 +102,7 @@ def _check_keys(values: Any) -> None:
 
 
 def _check_plain(path: str, value: Any) -> None:
-    """Raise `ConfigError` for what no setting can be, in dicts and lists too: nan, 30 digits, NUL in a text."""
+    """Raise `ConfigError` for what no setting can be, also in dicts and lists: nan, huge integers, NUL in a text."""
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
@@ -135,7 +133,7 @@ def missing_keys(node: Any, prefix: str = "") -> list[str]:
 
 
 def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> ConfigError:
-    """Return Hydra's complaint about one of the overrides as an error of ours, with the nearest name that there is."""
+    """Turn Hydra's error about an override into a `ConfigError` that names the nearest valid name."""
     text = " ".join(str(error).split())
     is_foreign = not isinstance(error, (HydraException, OmegaConfBaseException))
     if is_foreign and (groups := [one for one in overrides if _NO_CHOICE.match(one)]):  # Hydra does not say which
@@ -147,7 +145,12 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         root, _, rest = key.partition(".")
         known = [field.name for field in fields(RootConfig)]
         if rest and root in known:
-            hint, where = nearest(rest.rpartition(".")[2], _group_keys(root)), f"conf/{root}/ has what its files set"
+            leaf, where = rest.rpartition(".")[2], f"conf/{root}/ has what its files set"
+            hint = (
+                f" (did you mean the root setting '{leaf}'?)" if leaf in known else nearest(leaf, choices.keys_of(root))
+            )
+        elif (group := root.partition("/")[0]) in known and (conf_directory() / root).is_dir():
+            hint, where = "", f"it is chosen with {choices.choosing(root)}"
         elif (conf_directory() / root).is_dir() and root not in known:
             hint, where = "", f"a file of conf/{root}/ is added by +{key}=NAME"
         elif (conf_directory() / "algo" / root).is_dir():
@@ -159,24 +162,12 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
         r"Could not find '([^']+)/([^'/]+)' Available options in '[^']+': (.*?)(?: Config search|$)", text
     ):
         group, name, options = found[1], found[2], found[3].split()
-        return ConfigError(f"{group}={name} does not exist{nearest(name, options)}; there are {', '.join(options)}")
+        return ConfigError(f"{group}={name} does not exist{choices.meant(group, name, options)}")
     return ConfigError(text)
 
 
-def _group_keys(group: str) -> set[str]:
-    """Return every key in the files of a group."""
-
-    def keys(node: Any) -> Iterator[str]:
-        for key, value in node.items() if isinstance(node, dict) else ():
-            yield str(key)
-            yield from keys(value)
-
-    files = (conf_directory() / group).rglob("*.yaml")
-    return {key for file in files for key in keys(yaml.safe_load(file.read_text(encoding="utf-8")))}
-
-
 def _type_error(error: Exception) -> ConfigError:
-    """Return OmegaConf's complaint about a root setting's type as an error of ours."""
+    """Turn OmegaConf's error about the type of a root setting into a `ConfigError`."""
     text = " ".join(str(error).split())
     if found := re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+) full_key: (\S+)", text):
         value, kind, wanted, key = found.groups()
@@ -194,10 +185,6 @@ def _check_root(root: dict[str, Any]) -> None:
         raise ConfigError(f"patience={root['patience']} counts evaluations, and eval_every=0 has none: set eval_every")
     if root["steps"] and root["warmup_steps"] >= root["steps"]:
         raise ConfigError(f"warmup_steps={root['warmup_steps']} must be below steps={root['steps']}")
-    if root["schedule"] not in SCHEDULES:
-        raise ConfigError(
-            f"schedule={root['schedule']} is not one of {', '.join(SCHEDULES)}{nearest(root['schedule'], SCHEDULES)}"
-        )
     if len(root["betas"]) != 2 or not all(0 <= beta < 1 for beta in root["betas"]):
         raise ConfigError(f"betas={root['betas']} must be two numbers in [0, 1)")
 
@@ -245,7 +232,7 @@ def _check_node(path: str, node: Any, *, given: Collection[str], read: dict[str,
             if node.get("_partial_"):  # what has no default is a tensor, handed in at each call
                 settable = [n for n in settable if n in node or n in has_default]
             raise ConfigError(
-                f"unknown setting '{path}.{key}'{nearest(key, settable)}{_taken_by(target, key)}; "
+                f"unknown setting '{path}.{key}'{nearest(key, settable)}{choices.taken_by(node['_target_'], key)}; "
                 f"allowed: {', '.join(settable) or 'none'}"
             )
         if key in hints:
@@ -260,20 +247,8 @@ def _check_node(path: str, node: Any, *, given: Collection[str], read: dict[str,
             _check_node(f"{path}.{key}", value, given=(), read={})
 
 
-def _taken_by(target: Any, key: str) -> str:
-    """Say which public functions beside `target` take a setting that it does not, such as another surrogate's clip."""
-    beside = vars(sys.modules[target.__module__]).items()
-    others = [
-        name
-        for name, other in beside
-        if inspect.isfunction(other) and other.__module__ == target.__module__ and not name.startswith("_")
-        and key in inspect.signature(other).parameters
-    ]  # fmt: skip
-    return f": {target.__name__} does not take it, {' and '.join(others)} would" if others else ""
-
-
 def _is_node(hint: Any) -> bool:
-    """Whether what has this annotation is made from a node with a _target_: an object of ours, or a function."""
+    """Whether a value with this annotation is built from a node with a _target_: one of our classes, or a function."""
     is_ours = inspect.isclass(hint) and hint.__module__.startswith("rlft.")
     return hint is NODE or is_ours or typing.get_origin(hint) is collections.abc.Callable
 
@@ -284,7 +259,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _check_type(path: str, value: Any, hint: Any) -> None:
-    """Check values of plain types (str, int, float, bool, None, unions of them, and ranges of numbers) only."""
+    """Check values of plain types (str, int, float, bool, None, unions of them, ranges of numbers and choices) only."""
     ranges = [extra for option in _options(hint) for extra in getattr(option, "__metadata__", ())]
     options = [getattr(option, "__origin__", option) if ranges else option for option in _options(hint)]
     if not set(options) <= {str, int, float, bool, type(None)}:
@@ -295,5 +270,5 @@ def _check_type(path: str, value: Any, hint: Any) -> None:
         names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
         raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; {names} is allowed")
     for limits in ranges:
-        if isinstance(limits, Range) and value is not None and (refusal := limits.refusal(value)):
+        if isinstance(limits, Range | Choice) and value is not None and (refusal := limits.refusal(value)):
             raise ConfigError(f"{path}={value} must be {refusal}")

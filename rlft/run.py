@@ -34,12 +34,18 @@ _MAY_CHANGE = {
     "resume", "dry_run", "run_dir", "trusted_modules", "steps", "max_minutes", "max_tokens", "log_every", "keep",
     "tracker",
 }  # fmt: skip
-_SIGNS = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "model")  # of a run, where not empty
+_SIGNS = (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "summary.json",
+    "checkpoints",
+    "model",
+)  # what shows that a directory holds a run
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "hydra-core", "tokenizers")
 
 
 def run(config: RootConfig, given: Collection[str] | None = None) -> int:
-    """Run one job and return its exit code; raises an `RlftError` (which has one) where it cannot be done.
+    """Run one job and return its exit code. Raises an `RlftError`, which has an exit code of its own, where it fails.
 
     `given` names the root settings and groups that the command line sets; a resumed run takes the others from its
     config.yaml. None: all are given.
@@ -51,7 +57,7 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
         job = build.build(config)
         with Progress(total_steps=config.steps, log_every=config.log_every) as progress:
             progress.plan(_plan(config, job, run_dir))
-            build.trainer(job, run_dir=run_dir, progress=progress)  # its refusals are part of the plan
+            build.trainer(job, run_dir=run_dir, progress=progress)  # a dry run refuses what the trainer would refuse
         return EXIT_DONE
     with _locked(run_dir), _signals() as stop:
         commit = source_commit()
@@ -69,7 +75,7 @@ def run(config: RootConfig, given: Collection[str] | None = None) -> int:
                 trainer = build.trainer(job, run_dir=run_dir, progress=progress)
                 if config.resume:
                     trainer.resume()
-                _write_config(run_dir, config)  # only now it holds a run: what could not be built leaves it free
+                _write_config(run_dir, config)  # after the build, so that a failed build leaves the directory free
                 resume_step = trainer.state.step if config.resume else None
                 job.tracker.start(run_dir=run_dir, config=asdict(config), name=run_dir.name, resume_step=resume_step)
                 reason = trainer.train(should_stop=lambda: bool(stop))
@@ -159,14 +165,14 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _check_empty(run_dir: Path) -> None:
-    """Refuse a directory that holds a run. What never logged a row is no run, and the next may take its place."""
+    """Refuse a directory that holds a run. A run that never logged a row may be replaced."""
     for path in (run_dir / name for name in _SIGNS):
         if any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size:
             raise RunDirectoryError(f"run_dir={run_dir} holds a run; give another one, or go on with it by resume=true")
 
 
 def _done(run_dir: Path, config: RootConfig) -> str | None:
-    """Return why the run in the directory is over, where all of it is written; None where there is something to do.
+    """Return why the run in the directory ended, if everything is written; None where something is left to do.
 
     Raises `ConfigError` for fewer steps than it has done.
     """
@@ -180,7 +186,7 @@ def _done(run_dir: Path, config: RootConfig) -> str | None:
     reason = state.ended(config)
     try:
         is_written = json.loads((run_dir / "summary.json").read_text())["steps"] == state.step
-    except (OSError, ValueError, KeyError, TypeError):  # a summary is written last, and whole: there is none
+    except (OSError, ValueError, KeyError, TypeError):  # there is no summary: it is written last
         is_written = False
     return reason if is_written else None
 

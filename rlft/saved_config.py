@@ -1,8 +1,8 @@
 """The configuration that a run directory holds: read as data, and checked before anything in it is imported.
 
 A run directory may come from anyone, and a configuration names the code that a run is made of. So config.yaml is
-checked as a command line is, and more strictly in one thing: what it names is rlft's own parts, or lies in a module
-that the caller trusts by name. What the command line sets itself is the user's own word and not held to this.
+checked as a command line is, with one more rule: it may only name rlft's own parts, or code in a module that the caller
+trusts by name. Settings that the command line gives itself are the user's own, and are not held to this rule.
 """
 
 from __future__ import annotations
@@ -67,10 +67,11 @@ def from_run(
 
 
 def foreign_code(values: Any, *, trusted: Collection[str] = (), path: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield each key under which plain values name code that is neither rlft's nor trusted: key, code, its module.
+    """Yield (key, code, its module) for each value that names code that is neither rlft's nor trusted.
 
-    rlft's are the targets that the files under conf/ name, and no others: a dotted path reaches through a module into
-    all that it imports (`rlft.models.gpt2.json.loads`), and a function of rlft's may call what it is handed.
+    rlft's own code is what the files under conf/ name as targets, and nothing else: a dotted path can reach through a
+    module into all that it imports (`rlft.models.gpt2.json.loads`), and a function of rlft's may call what it is
+    handed.
     """
     if isinstance(values, dict) and "_target_" in values:
         for key, module in _foreign_keys(values, trusted):
@@ -84,7 +85,9 @@ def _foreign_keys(node: dict[str, Any], trusted: Collection[str]) -> Iterator[tu
     target, function = node["_target_"], node.get("function")
     if not isinstance(target, str) or not (target in shipped_targets() or _is_defined_in(target, trusted)):
         yield "_target_", str(target).partition(".")[0]
-    elif target == CUSTOM and not isinstance(function, str):  # a node would be made, and what it gives be imported
+    elif target == CUSTOM and not isinstance(
+        function, str
+    ):  # Hydra would build a node there and import what it returns
         yield "function", "?"
     elif target == CUSTOM:
         where = str(function).rpartition(":")[0]
@@ -101,7 +104,7 @@ def shipped_targets() -> frozenset[str]:
 
 
 def _is_defined_in(target: str, trusted: Collection[str]) -> bool:
-    """Whether a target lies in a trusted module, and what it names is defined in one: not only imported there."""
+    """Whether a target lies in a trusted module and is defined in one, not only imported there."""
     if not _is_inside(target, trusted):
         return False
     try:
@@ -111,7 +114,7 @@ def _is_defined_in(target: str, trusted: Collection[str]) -> bool:
 
 
 def _check_plain(values: Any, path: str = "") -> None:
-    """Raise `ConfigError` for what would be computed, or passed unseen, when a part is made."""
+    """Raise `ConfigError` for values that Hydra would evaluate, or pass on unchecked, when a part is made."""
     if isinstance(values, str) and "${" in values:
         raise ConfigError(f"{path}={values!r} is an interpolation, which the configuration of a run never holds")
     if isinstance(values, dict) and "_args_" in values:

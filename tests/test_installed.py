@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SETTINGS = [
     "model=gpt2_scratch", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.n_positions=32",
-    "model.tokenizer.vocab_size=260", "data=jsonl", "data.source.path=prompts.jsonl", "data.source.validation=0.3",
+    "model.tokenizer.vocab_size=260", "data=prompts", "data.source.path=prompts.jsonl", "data.source.validation=0.3",
     "reward=length", "tracker=none", "hardware=cpu", "hardware.num_threads=1", "steps=2", "prompts_per_step=2",
     "group_size=4", "max_new_tokens=4", "eval_prompts=4", "run_dir=run",
 ]  # fmt: skip

@@ -21,8 +21,20 @@ def work(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data=completions_sums"], "algo (PolicyGradient) reads prompts (data=reviews, shakespeare, "),
-        (["algo=dpo"], "algo (Preference) reads pairs of a chosen and a rejected completion (data=preferences_jsonl, "),
+        (["data=completions"], "algo (PolicyGradient) reads prompts (data=reviews, shakespeare, prompts), or "),
+        (["algo=dpo"], "algo (Preference) reads pairs of a chosen and a rejected completion (data=preferences); data "),
+        (
+            ["algo=dpo", "data=preferences", "data/source=text_file"],
+            "data.chosen_column=chosen: beside its text, data.source (TextFile) has no column; data/source=csv, ",
+        ),
+        (
+            ["algo=sft", "data=completions", "data/source=sums"],
+            "data.completion_column=completion: beside its text, data.source (Task) has only answer; data/source=csv",
+        ),
+        (
+            ["algo=classification", "data=labelled", "data/source=text_file"],
+            "source.prompt_column': TextFile does not take it, data/source=csv, huggingface, jsonl, parquet would; ",
+        ),
         (
             ["algo=bnpo"],
             "algo/advantage cannot use the rewards of this batch: beta_normalized is for rewards of 0 and 1",
@@ -31,9 +43,9 @@ def work(tmp_path_factory: pytest.TempPathFactory):
         (["algo.target_logprob_coef=0.1"], "algo.target_logprob_coef=0.1 is added to the reward of each token"),
         (["algo=distill"], "the reference is the policy itself as the run begins"),
         (["algo=distill", "reference=none"], "a KL penalty needs a reference"),
-        (["reward=answer"], "reward 'answer': reward=answer needs data with a column 'answer', such as data=sums"),
+        (["reward=answer"], "reward 'answer': reward=answer needs data with a column 'answer', such as data=prompts "),
         (["reward=next_token"], "reward 'next_token': reward=next_token needs a column target_ids"),
-        (["algo=kto", "data=unpaired_jsonl", "algo.eval_rows=1"], "algo.eval_rows=1 must be at least 2"),
+        (["algo=kto", "data=unpaired", "algo.eval_rows=1"], "algo.eval_rows=1 must be at least 2"),
     ],
 )
 def test_what_does_not_go_together_ends_with_2_and_the_reason(
@@ -44,7 +56,7 @@ def test_what_does_not_go_together_ends_with_2_and_the_reason(
         setting
         for setting in work.settings
         if not (setting.startswith("reward") and "reward" in groups)
-        and not (setting.startswith("data") and overrides == ["data=completions_sums"])
+        and not (setting.startswith("data") and "data/source=sums" in overrides)
     ]
     assert run_here(*own, *overrides, f"run_dir={tmp_path / 'run'}") == 2
     line = last_line(capsys.readouterr().err)

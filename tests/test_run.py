@@ -54,7 +54,7 @@ class Workplace:
         self.trust = f"trusted_modules=[{self.reward}]"
         self.settings = [
             "model=gpt2_scratch", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.n_positions=32",
-            "model.seed=0", "model.tokenizer.vocab_size=260", "data=jsonl", f"data.source.path={self.data}",
+            "model.seed=0", "model.tokenizer.vocab_size=260", "data=prompts", f"data.source.path={self.data}",
             "data.source.validation=0.2", "algo=grpo", "reward=custom", f"reward.custom.function={self.reward}:letters",
             "tracker=none", "hardware=cpu", "hardware.num_threads=1", f"steps={STEPS}", "prompts_per_step=2",
             "group_size=4", "micro_batch=5", "max_new_tokens=4", "eval_prompts=4", "save_every=3", "learning_rate=1e-2",

@@ -13,30 +13,30 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 WORDS = ["the", "kettle", "hums", "and", "a", "lantern", "glows", "beside", "an", "old", "bridge"]
 TEXTS = [f"{a} {b}" for a in WORDS for b in WORDS[:5]]
 ROWS = {
-    "jsonl": [{"prompt": text} for text in TEXTS],
-    "completions_jsonl": [{"prompt": text, "completion": " yes"} for text in TEXTS],
-    "preferences_jsonl": [{"prompt": text, "chosen": " yes", "rejected": " no"} for text in TEXTS],
-    "unpaired_jsonl": [{"prompt": text, "completion": " yes", "label": i % 2} for i, text in enumerate(TEXTS)],
-    "labelled_jsonl": [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)],
+    "prompts": [{"prompt": text} for text in TEXTS],
+    "completions": [{"prompt": text, "completion": " yes"} for text in TEXTS],
+    "preferences": [{"prompt": text, "chosen": " yes", "rejected": " no"} for text in TEXTS],
+    "unpaired": [{"prompt": text, "completion": " yes", "label": i % 2} for i, text in enumerate(TEXTS)],
+    "labelled": [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)],
 }
 ONLINE = ["reward=length", "prompts_per_step=2", "group_size=2", "max_new_tokens=3"]
 CHOICES = {
-    "grpo": ["algo=grpo", "data=jsonl", *ONLINE],
-    "online_dpo": ["algo=online_dpo", "data=jsonl", *ONLINE],
-    "sft on completions": ["algo=sft", "data=completions_jsonl"],
-    "sft on text": ["algo=sft", "data=text_file", "data.block_size=8"],
-    "denoise": ["algo=denoise", "data=text_file", "data.block_size=8", "model.is_causal=false"],
-    "dpo": ["algo=dpo", "data=preferences_jsonl"],
-    "kto": ["algo=kto", "data=unpaired_jsonl"],
-    "reward_model": ["algo=reward_model", "data=preferences_jsonl"],
-    "classification": ["algo=classification", "data=labelled_jsonl"],
+    "grpo": ["algo=grpo", "data=prompts", *ONLINE],
+    "online_dpo": ["algo=online_dpo", "data=prompts", *ONLINE],
+    "sft on completions": ["algo=sft", "data=completions"],
+    "sft on text": ["algo=sft", "data=text", "data.block_size=8"],
+    "denoise": ["algo=denoise", "data=text", "data.block_size=8", "model.is_causal=false"],
+    "dpo": ["algo=dpo", "data=preferences"],
+    "kto": ["algo=kto", "data=unpaired"],
+    "reward_model": ["algo=reward_model", "data=preferences"],
+    "classification": ["algo=classification", "data=labelled"],
 }
 
 
 def run(tmp_path: Path, *overrides: str) -> int:
     (data,) = [o.removeprefix("data=") for o in overrides if o.startswith("data=")]
     path = tmp_path / "data"
-    lines = "\n\n".join(TEXTS) if data == "text_file" else "\n".join(map(json.dumps, ROWS[data]))
+    lines = "\n\n".join(TEXTS) if data == "text" else "\n".join(map(json.dumps, ROWS[data]))
     path.write_text(lines + "\n")
     settings = [
         "model=gpt2_scratch", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.n_positions=64",

@@ -33,7 +33,7 @@ dpo() { # SEED: 780 pairs, the best and the worst of eight samples, are 150,000 
   pairs=$out/dpo/pairs-s$1.jsonl run=$out/dpo/s$1
   mkdir -p "$out/dpo"
   [ -f "$pairs" ] || $python -m rlft rank algo.path="$pairs" algo.num_pairs=780 reward=sentiment seed=$1
-  $(train "$run" algo=dpo data=preferences_jsonl data.source.path="$pairs" seed=$1 steps=180)
+  $(train "$run" algo=dpo data=preferences data.source.path="$pairs" seed=$1 steps=180)
   $(train "$out/sentiment/dpo-s$1" name=dpo seed=$1 steps=0 model.path="$run/model" reference=checkpoint \
     reference.path=package:rlft/assets/tiny)
 }

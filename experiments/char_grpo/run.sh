@@ -12,7 +12,7 @@ train() { # DIRECTORY SETTINGS...: prints the command of a run that is not finis
   echo "$python train.py run_dir=$1 tracker=none hardware.num_threads=1 ${*:2}"
 }
 for seed in ${SEEDS:-0 1 2}; do
-  train "$out/grpo-s$seed" +experiment=char_grpo seed=$seed data.text.source.path="${TEXT:-null}"
+  train "$out/grpo-s$seed" +experiment=char_grpo seed=$seed data.source.path="${TEXT:-null}"
   train "$out/sft-s$seed" +experiment=char_sft seed=$seed data.source.path="${TEXT:-null}"
 done | xargs -P "${JOBS:-2}" -I{} sh -c "{} > /dev/null || { echo failed: {} >&2; exit 1; }"
 "$python" -m rlft report "$out" --out experiments/char_grpo \

@@ -24,6 +24,7 @@ from rlft.rewards.compose import RewardSum
 from rlft.rollout.sampling import Sampling
 from rlft.text.tokenizer import Tokenizer
 
+CPU = torch.device("cpu")
 NOT_EVALUATED = "none: nothing is held out, and the run trains without evaluation"  # a line of the plan
 
 
@@ -47,7 +48,7 @@ class Run:
     data: Any  # a data set of one of the kinds that the algorithm reads
     reference: CausalLM | None = None
     rewards: RewardSum | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     autocast: Callable[[], AbstractContextManager] = nullcontext  # the context of a forward, for mixed precision
     is_float32: bool = True  # whether logprobs are exact to float32's rounding
     rank: int = 0
@@ -122,12 +123,12 @@ class Algorithm(ABC):
     def minibatch(self, batch: Batch, update: int, *, before: dict[str, float]) -> Batch | None:
         """Return what optimizer step `update` on this batch trains on; None passes the step over.
 
-        `before` are the metrics of the update before on the same batch; empty at the first.
+        `before` holds the metrics of the last update on the same batch; it is empty at the first.
         """
         return batch
 
     def needed(self, batch: Batch) -> Batch:
-        """Return the rows that have a part in the loss's gradient; denominators stay those of the whole batch."""
+        """Return the rows that contribute to the gradient; the denominators stay those of the whole batch."""
         return batch
 
     def state_dict(self) -> dict:

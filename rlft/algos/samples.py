@@ -17,6 +17,7 @@ from rlft.rollout.sampling import Sampling
 
 EVAL_SEED = 0  # of evaluations: their draws are the same in every run
 EVAL_STREAM = "eval"
+NUM_SHOWN = 5  # samples of an offline algorithm's evaluation
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """rlft rank: pairs of a policy's samples, ranked by a reward, for algo=dpo (settings: conf/rank_pairs.yaml).
 
 rlft rank algo.path=pairs.jsonl model=tiny data=reviews reward=sentiment
-rlft train algo=dpo data=preferences_jsonl data.source.path=pairs.jsonl
+rlft train algo=dpo data=preferences data.source.path=pairs.jsonl
 """
 
 from __future__ import annotations

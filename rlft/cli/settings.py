@@ -19,7 +19,8 @@ from rlft.core.paths import conf_directory
 def changed(run: RootConfig | None, overrides: list[str]) -> RootConfig:
     """Return a run's settings, or the defaults where it is None, under the overrides of a command line.
 
-    An override is a group's choice (reward=length), a root setting, or a dotted key of a group.
+    An override is a group's choice (reward=length; with its parts: data=prompts data/source=csv), a root setting, or a
+    dotted key of a group.
 
     Raises `ConfigError` for anything else, and for what `rlft.config.checked` refuses.
     """
@@ -29,8 +30,9 @@ def changed(run: RootConfig | None, overrides: list[str]) -> RootConfig:
                 return checked(_composed(["name=eval", *overrides]))
             values: Any = OmegaConf.create(asdict(run))
             OmegaConf.set_struct(values, True)
-            for override in OverridesParser.create().parse_overrides(overrides):
-                _change(values, override)
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            for override in parsed:
+                _change(values, override, parsed)
             return checked(values)
     except (HydraException, OmegaConfBaseException) as error:
         raise composition_error(error) from error
@@ -43,12 +45,17 @@ def _composed(overrides: list[str]) -> DictConfig:
         raise composition_error(error, overrides=overrides) from error
 
 
-def _change(values: DictConfig, override: Any) -> None:
+def _change(values: DictConfig, override: Any, overrides: list[Any]) -> None:
     key = override.key_or_group
-    if override.is_sweep_override() or override.is_add() or override.is_delete() or "/" in key:
+    group, _, part = key.partition("/")
+    is_alone = bool(part) and group not in [one.key_or_group for one in overrides]
+    if override.is_sweep_override() or override.is_add() or override.is_delete() or is_alone:
         raise ConfigError(f"{override.input_line}: a setting is changed by KEY=VALUE, or a whole group by GROUP=NAME")
+    if part:  # chosen with its group
+        return
     if key in GROUPS:
-        values[key] = _composed([override.input_line])[key]
+        parts = [one.input_line for one in overrides if one.key_or_group.startswith(f"{key}/")]
+        values[key] = _composed([override.input_line, *parts])[key]
         return
     group, _, inner = key.rpartition(".")
     node: Any = OmegaConf.select(values, group) if group else values

@@ -39,9 +39,9 @@ class Batch:
     metrics: Metrics = field(default_factory=Metrics)
     samples: list[dict] = field(default_factory=list)
     rows_per_unit: int = 1
-    num_read: int | None = None  # tokens read, where a loss counts places of its own and not completion tokens
-    index: int = 0  # of the batch in the run
-    coefs: dict[str, float] = field(default_factory=dict)  # of the loss's terms: the same for all updates on the batch
+    num_read: int | None = None  # tokens read, for a loss that does not count completion tokens
+    index: int = 0  # the batch's number in the run
+    coefs: dict[str, float] = field(default_factory=dict)  # of the loss's terms, the same for all updates on the batch
     trained: Batch | None = None  # the rows that are trained on, where those are not all
 
     @property
@@ -153,7 +153,7 @@ def pad(rows: list[list[int]], *, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def num_read(rows: Rows) -> Tensor:
-    """Return how many tokens of each completion are read, `[B]`: the last that counts is predicted, not read."""
+    """Return how many tokens of each completion are read, `[B]`: the last counted token is predicted and not read."""
     mask = rows.completion_mask
     ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)
     return (ends - 1).clamp(min=0)

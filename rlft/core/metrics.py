@@ -57,7 +57,7 @@ class Metrics:
     def _row(
         self, device: torch.device, *, summed: Callable[[Tensor], Tensor], largest: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
-        """Bring all sums and counts together at once, and all maxima: one wait for the device each, however many."""
+        """Reduce all sums and counts at once, and all maxima at once: two waits for the device in all."""
         row: dict[str, float] = {}
         if self._sums:
             pairs = [torch.stack([x.to(device) for x in values.values()]) for values in (self._sums, self._counts)]
@@ -95,7 +95,7 @@ class Clock:
 
 @contextmanager
 def traced(path: Path | None) -> Iterator[Callable[[], None]]:
-    """Yield what is to be called after each step; the third and fourth are traced to `path` (None: nothing is)."""
+    """Yield a function to call after each step; it traces the third and fourth to `path` (None: no trace)."""
     if path is None:
         yield lambda: None
         return

@@ -1,4 +1,4 @@
-"""What a number may be, said where a setting is declared: `rows_per_step: Size`; rlft/config.py refuses the rest.
+"""What a setting may be, said where it is declared: `rows_per_step: Size`; rlft/config.py refuses the rest.
 
 An annotation alone changes nothing for whoever calls the constructor in Python.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Annotated
+
+from rlft.core.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,17 @@ class Range:
         if not (value > self.low if self.is_open else value >= self.low):  # so is nan outside
             return f"above {self.low}" if self.is_open else f"at least {self.low}"
         return None if value <= self.high else f"at most {self.high}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some names."""
+
+    names: tuple[str, ...]
+
+    def refusal(self, value: str) -> str | None:
+        """Return what `value` must be where it is none of the names; None where it is one."""
+        return None if value in self.names else f"one of {', '.join(self.names)}{nearest(value, self.names)}"
 
 
 Count = Annotated[int, Range(1)]

@@ -1,7 +1,7 @@
 """The root settings of a run, and settings that a constructor takes together as one object.
 
 A new root setting is one line in `conf/train.yaml`, with its default and what it means, and one field here, with its
-type and range. Whatever is handed the run's settings can read it.
+type and range. Everything that has the run can read it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import inspect
 import typing
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 from rlft.core.errors import ConfigError
-from rlft.core.ranges import Count, CountOrZero, NonNegative, Positive, Size
+from rlft.core.ranges import Choice, Count, CountOrZero, NonNegative, Positive, Size
+
+SCHEDULES = ("constant", "linear", "cosine")  # of the learning rate
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class RootSettings:
     temperature: Positive
     learning_rate: Positive
     warmup_steps: CountOrZero
-    schedule: str
+    schedule: Annotated[str, Choice(SCHEDULES)]
     final_learning_rate_fraction: NonNegative
     max_grad_norm: Positive
     weight_decay: NonNegative
@@ -75,7 +77,7 @@ class SettingsGroup:
 
 
 def parameters_of(target: Any) -> dict[str, tuple[inspect.Parameter, Any]]:
-    """Return what a callable can be given in YAML: names to parameters and type hints, groups' fields in their place."""
+    """Return what a callable can be given in YAML: parameters and type hints by name, a group's fields in its place."""
     found: dict[str, tuple[inspect.Parameter, Any]] = {}
     hints = _hints(target)
     for name, parameter in inspect.signature(target).parameters.items():
@@ -85,7 +87,7 @@ def parameters_of(target: Any) -> dict[str, tuple[inspect.Parameter, Any]]:
 
 
 def gathered(target: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Return `values`, named as `parameters_of` names them, with the objects of the callable's groups made of theirs."""
+    """Return `values`, which `parameters_of` names, with those of each group made into its object."""
     made = dict(values)
     for name, hint in _hints(target).items():
         if _is_group(hint):

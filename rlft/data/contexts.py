@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
 from rlft.core.errors import ConfigError
+from rlft.core.ranges import Size
 from rlft.core.rng import generator
 from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt
@@ -21,30 +20,38 @@ class Contexts:
 
     Lengths are uniform between `min_context` and `context`, drawn for each prompt: with min_context=1 a policy learns
     at every position of its context, and not at the last ones only.
-    The blocks are `TextData`'s, so the prompts of a step are a function of (seed, step), and the validation blocks of
-    `text` measure the policy as a language model.
+    They are cut from `TextData`'s blocks, so the prompts of a step are a function of (seed, step), and the validation
+    blocks of `text` measure the policy as a language model.
+
+    Args:
+        source: where the texts come from.
+        tokenizer: turns them into ids.
+        context: the longest prompt, in tokens.
+        horizon: tokens of `target_ids`.
+        block_size: inputs of the block that a prompt is cut from, in tokens, at least context + horizon - 1.
+        min_context: the shortest prompt, in tokens; None: `context`.
+
+    Raises:
+        ConfigError: the lengths do not fit into a block.
     """
 
     kind = Kind.CONTEXTS
 
     def __init__(
         self,
-        text: Callable[..., TextData],
+        source: Source,
         *,
         tokenizer: Tokenizer,
         context: int,
         horizon: int,
+        block_size: Size,
         min_context: int | None = None,
     ) -> None:
-        """`text` makes the blocks, given a tokenizer; `context` and `horizon`, in tokens, must fit into one.
-
-        `min_context` None stands for `context`. Raises `ConfigError` where they do not fit.
-        """
-        self.tokenizer, self.text = tokenizer, text(tokenizer=tokenizer)
-        if context < 1 or horizon < 1 or context + horizon > self.text.block_size + 1:
+        self.tokenizer, self.text = tokenizer, TextData(source, tokenizer=tokenizer, block_size=block_size)
+        if context < 1 or horizon < 1 or context + horizon > block_size + 1:
             raise ConfigError(
                 f"data.context={context} and data.horizon={horizon} must be at least 1, and together at most "
-                f"data.text.block_size + 1 = {self.text.block_size + 1}"
+                f"data.block_size + 1 = {block_size + 1}"
             )
         self.min_context = context if min_context is None else min_context
         if not 1 <= self.min_context <= context:

@@ -28,6 +28,8 @@ class TextFile(StoredFiles):
         validation, test: fractions of the documents, where the files are not split.
     """
 
+    columns = ()
+
     def __init__(
         self,
         path: Paths,
@@ -219,8 +221,8 @@ class HuggingFaceData(Table):
         except (OSError, ValueError, KeyError, self._datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"data.source.path={self.path} (name={self.name}, split={split}) cannot be loaded: "
-                f"{type(error).__name__}: {error}; without network give a local directory, or a file with data=jsonl, "
-                f"data=csv or data=parquet"
+                f"{type(error).__name__}: {error}; without network give a local directory, or a file with "
+                f"data/source=jsonl, csv or parquet"
             ) from error
 
 

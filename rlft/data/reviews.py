@@ -35,6 +35,8 @@ class Reviews(StoredFiles):
         ConfigError: an argument is wrong, or the package is not installed.
     """
 
+    columns = ("label", "source")
+
     def __init__(self, *, source: str = "all", validation: float = 0.05, test: float = 0.05) -> None:
         if source not in SOURCES:
             raise ConfigError(f"source is one of {', '.join(SOURCES)}, got {source!r}{nearest(source, SOURCES)}")

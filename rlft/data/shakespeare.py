@@ -39,6 +39,8 @@ class Shakespeare:
         SHA-256), or cannot be downloaded.
     """
 
+    columns = ()
+
     def __init__(
         self, *, path: str | None = None, documents: str = "whole", validation: float = 0.05, test: float = 0.05
     ) -> None:
@@ -103,7 +105,7 @@ def _check_hash(data: bytes, name: str) -> None:
     if found != SHA256:
         raise DataError(
             f"{name} is not tiny Shakespeare: {len(data):,} bytes with SHA-256 {found}, expected 1,115,394 bytes with "
-            f"{SHA256}; for a text of your own use data=text_file"
+            f"{SHA256}; for a text of your own use data/source=text_file"
         )
 
 

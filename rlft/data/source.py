@@ -39,7 +39,8 @@ class Source(Protocol):
     """A data set that can be read split by split; `counts` says how many rows it has, dropped and kept.
 
     A source may also have a `key` (`rlft.core.cache_dir.Keyed`); what is made of its rows is then kept in the cache
-    directory.
+    directory. A class whose rows always have the same columns names them in a tuple, `columns`; a data set that needs
+    another column is then refused before anything is read.
     """
 
     @property

@@ -24,6 +24,8 @@ class Task:
     | recite | 4    | "1" … | a sentence of 15 to 17 letters; `size` of them, all in every split |
     """
 
+    columns = ("answer",)
+
     def __init__(
         self,
         *,

@@ -33,7 +33,7 @@ class Answer:
         **columns: Any,
     ) -> list[float] | list[list[float]]:
         if answer is None:
-            raise ConfigError("reward=answer needs data with a column 'answer', such as data=sums")
+            raise ConfigError("reward=answer needs data with a column 'answer', such as data=prompts data/source=sums")
         if self.mode == "characters":
             texts = zip(completions, completion_ids, answer, strict=True)
             return [_characters(text, len(ids), str(wanted)) for text, ids, wanted in texts]

@@ -28,7 +28,7 @@ class NextToken:
         **columns: Any,
     ) -> list[list[float]]:
         if target_ids is None:
-            raise ConfigError("reward=next_token needs a column target_ids: data=shakespeare_contexts has one")
+            raise ConfigError("reward=next_token needs a column target_ids: data=contexts has one")
         return [
             [1.0 if token == target else self.miss for token, target in zip(ids, targets, strict=False)]
             + [0.0] * (len(ids) - len(targets))

@@ -112,7 +112,7 @@ class Checkpoints:
 
 
 def _check_config(path: Path, policy: CausalLM) -> None:
-    """Refuse the checkpoint of another architecture, also where all shapes agree (GPT-2's n_head is in none)."""
+    """Refuse a checkpoint of another architecture, even where all shapes agree (GPT-2's n_head changes no shape)."""
     with safe_open(path / "policy.safetensors", framework="pt") as file:
         saved = json.loads(file.metadata()[CONFIG_KEY])
     ours = json.loads(json.dumps(policy.config_dict()))

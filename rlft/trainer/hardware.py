@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("no", "bf16")
-Threads = Annotated[int, Range(1, 1024)]  # a system that cannot start them ends the process without a word
+Threads = Annotated[int, Range(1, 1024)]  # where so many cannot start, the process ends without a message
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,6 @@ class Hardware:
             torch.set_num_threads(self.num_threads)
         torch.backends.cuda.matmul.allow_tf32 = self.tf32
         torch.backends.cudnn.allow_tf32 = self.tf32
-        from accelerate import Accelerator  # here: it takes a while to import, and a wrong setting needs none of it
+        from accelerate import Accelerator  # here, since it takes a while to import
 
         return Accelerator(cpu=self.torch_device.type == "cpu", mixed_precision=self.mixed_precision)

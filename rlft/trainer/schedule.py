@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from rlft.core.errors import ConfigError, nearest
-
-SCHEDULES = ("constant", "linear", "cosine")
+from rlft.core.settings import SCHEDULES
 
 
 def learning_rate(
@@ -14,7 +13,7 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of optimizer step `step` (0 is the first).
 
-    Rises linearly to `peak` over `warmup_steps` (the first step already moves: it takes peak / warmup_steps), then
+    Rises linearly to `peak` over `warmup_steps` (the first step takes peak / warmup_steps), then
     stays (`constant`), or falls to `final_fraction * peak` at the last step in a line or half a cosine.
     """
     if schedule not in SCHEDULES:

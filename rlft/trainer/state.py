@@ -22,6 +22,15 @@ class TrainState:
     before: dict[str, float] = field(default_factory=dict)  # the evaluation of the untouched policy
     after: dict[str, float] = field(default_factory=dict)  # the latest evaluation
 
+    def evaluated(self, metrics: dict[str, float], *, name: str, mode: str) -> None:
+        """Take in an evaluation: whether metric `name` is the best so far, as the largest ("max") or smallest."""
+        value, sign = metrics[name], 1.0 if mode == "max" else -1.0
+        if self.best_value is None or sign * value > sign * self.best_value:
+            self.best_value, self.best_step, self.evals_since_best = value, self.step, 0
+        elif self.best_step != self.step:
+            self.evals_since_best += 1
+        self.after = metrics
+
     def ended(self, limits: RootSettings) -> str | None:
         """Return the first limit that is reached: steps, max_minutes, max_tokens or early_stopping; None where none."""
         if self.step >= limits.steps:

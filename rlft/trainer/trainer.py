@@ -1,6 +1,6 @@
 """The loop: collect a batch, accumulate its loss over micro-batches, step, log, evaluate, save.
 
-No algorithm's name is in it. Online algorithms make their batch from prompts, rollout, rewards and advantages; offline
+It names no algorithm. Online algorithms make their batch from prompts, rollout, rewards and advantages; offline
 ones read it from a data set; the rest of the line is this file.
 """
 
@@ -67,7 +67,7 @@ class Trainer:
             head=head,
             head_scale=1.0 if head is None else head.lr_scale,
         )
-        # Placed here: to place it, accelerate would import torch's distributed tensors, which takes a second.
+        # Moved here and not by accelerate, which would import torch's distributed tensors for it: that takes a second.
         scorer = Scorer(run.policy, head).to(accelerator.device)
         self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer, device_placement=[False, False])
         self.run_dir = run_dir
@@ -109,7 +109,7 @@ class Trainer:
             if self.algorithm.is_evaluated and is_due:
                 row |= self._evaluate(f"step {self.state.step}") | self.clock.take()
             self._log(row | {"wall_time": self.state.seconds})
-            # A row is written before the checkpoint that counts it done: what follows a checkpoint is computed again.
+            # The row comes before its checkpoint: a resumed run computes again what follows the checkpoint.
             is_whole = self.state.step % self.algorithm.updates_per_batch == 0
             stop = is_whole and should_stop()
             is_last = self._ended() is not None  # an evaluation may have ended it
@@ -190,12 +190,12 @@ class Trainer:
         self.scorer.train()
         for i, micro in enumerate(micro_batches):
             is_last = i == len(micro_batches) - 1
-            # Dropout, where a model has it, draws from torch's generator: seeded by what is scored, as all draws here.
+            # Dropout, where a model has it, draws from torch's generator, which each micro-batch seeds anew.
             key = (step, i, self.accelerator.process_index)
             torch.manual_seed(int(generator(self.settings.seed, "dropout", *key).integers(2**62)))
             with nullcontext() if is_last else self.accelerator.no_sync(self.scorer):
                 share = self.algorithm.loss(self.scorer, micro, denominators, metrics, update=update)
-                # Ranks average their gradients; a loss over global counts wants their sum.
+                # Ranks average their gradients, and a loss over global counts needs the sum.
                 self.accelerator.backward(share * self.accelerator.num_processes)
             loss += share.detach()
         return loss, micro_batches
@@ -248,7 +248,7 @@ class Trainer:
         return grad_norm
 
     def _clip(self) -> Callable[..., Tensor]:
-        """Return what clips gradients: accelerate's function knows sharded ones, and takes a second to import them."""
+        """Return the function that clips gradients; accelerate's knows sharded ones, and takes a second to import."""
         is_alone = self.accelerator.num_processes == 1
         return torch.nn.utils.clip_grad_norm_ if is_alone else self.accelerator.clip_grad_norm_
 
@@ -274,23 +274,17 @@ class Trainer:
         self.scorer.eval()
         with self.clock("eval"):
             evaluation = self.algorithm.evaluate()
-        name, mode = self.algorithm.objective
-        sign = 1.0 if mode == "max" else -1.0
         for metric, number in evaluation.metrics.items():
             if not math.isfinite(number):
                 raise NonFiniteError(f"{metric} is {number} in the evaluation at step {self.state.step}")
-        value = evaluation.metrics[name]
-        if self.state.best_value is None or sign * value > sign * self.state.best_value:
-            self.state.best_value, self.state.best_step, self.state.evals_since_best = value, self.state.step, 0
-        elif self.state.best_step != self.state.step:
-            self.state.evals_since_best += 1
+        name, mode = self.algorithm.objective
+        self.state.evaluated(evaluation.metrics, name=name, mode=mode)
         if evaluation.samples:
             self.progress.samples(f"Held-out samples, {title}", evaluation.samples[:NUM_SHOWN_SAMPLES])
         if evaluation.samples and not is_again:
             self.tracker.samples(self.state.step, evaluation.samples)
             for sample in evaluation.samples:
                 self.samples_file.write({"step": self.state.step, "split": "eval"} | sample)
-        self.state.after = evaluation.metrics
         return evaluation.metrics
 
     def _log(self, row: dict[str, float]) -> None:
@@ -301,15 +295,15 @@ class Trainer:
             self.tracker.log(self.state.step, row)
 
     def _is_best_to_keep(self) -> bool:
-        """Whether this step's policy is the best so far and may be wanted: by early stopping, or as a checkpoint."""
+        """Whether this step's policy is the best so far, and early stopping or the checkpoints want it."""
         is_wanted = self.settings.patience is not None or self.settings.save_every > 0
         return is_wanted and self.state.best_step == self.state.step
 
     def _is_due(self, every: int) -> bool:
-        """Whether a multiple of `every` was reached by the batch that ends here: between batches only."""
+        """Whether the batch that ends here reached a multiple of `every` steps; false within a batch."""
         step, updates = self.state.step, self.algorithm.updates_per_batch
         return every > 0 and step % updates == 0 and step // every > (step - updates) // every
 
     def _ended(self) -> str | None:
-        """Return why the run is over, between batches only."""
+        """Return why the run is over, or None; a run ends between batches only."""
         return None if self.state.step % self.algorithm.updates_per_batch else self.state.ended(self.settings)

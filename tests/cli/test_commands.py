@@ -78,6 +78,15 @@ def test_hydras_help_has_examples_and_the_groups(name, capsys):
         (["sample", "package:rlft/assets/tiny", "--prompt", "a", "--chat"], "no chat template"),
         (["sample", "nowhere", "--prompt", "a"], "nowhere is no run directory, checkpoint or model"),
         (["train", "algo=gropo"], "algo=gropo does not exist (did you mean 'grpo'?)"),
+        (["train", "data=preferences_csv"], "does not exist (did you mean 'data=preferences data/source=csv'?)"),
+        (["train", "data=reviews_text"], "does not exist (did you mean 'data=text data/source=reviews'?)"),
+        (
+            ["train", "data=sums"],
+            "data=sums does not exist: data/source=sums does, and is chosen with data=comple",
+        ),
+        (["train", "data/source=csv"], "unknown setting 'data/source'; it is chosen with data=completions, contexts, "),
+        (["train", "data=text", "data/source=jsnol"], "data/source=jsnol does not exist (did you mean 'jsonl'?)"),
+        (["train", "algo=dpo", "algo/critic=shared"], "unknown setting 'algo/critic'; it is chosen with algo=bnpo, "),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys, monkeypatch):

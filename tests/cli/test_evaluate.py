@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from rlft import cli
 from rlft.cli.policies import named_policy
+from rlft.cli.settings import changed
+from rlft.core.errors import ConfigError
 
 SETTINGS = [
     "model=gpt2_scratch", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.n_positions=32",
-    "model.tokenizer.vocab_size=260", "data=jsonl", "data.source.validation=0.3", "algo=grpo",
+    "model.tokenizer.vocab_size=260", "data=prompts", "data.source.validation=0.3", "algo=grpo",
     "tracker=none", "hardware=cpu", "hardware.num_threads=1", "steps=2", "prompts_per_step=2", "group_size=4",
     "max_new_tokens=6", "eval_prompts=6", "learning_rate=1e-1", "log_every=100",
     "reward=keyword", "reward.keyword.keywords=[a,b,c,d,e,f,g,h,i,j,k,l,m]", "reward.keyword.whole_words=false",
@@ -102,7 +104,7 @@ def test_the_head_of_a_reward_model_is_the_trained_one(tmp_path):
     pairs = [{"prompt": f"film {i}", "chosen": " good" * (1 + i % 3), "rejected": " bad"} for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     model = [word for word in SETTINGS if word.startswith(("model", "hardware", "tracker"))]
-    data = ["data=preferences_jsonl", f"data.source.path={tmp_path / 'pairs.jsonl'}", "data.source.validation=0.3"]
+    data = ["data=preferences", f"data.source.path={tmp_path / 'pairs.jsonl'}", "data.source.validation=0.3"]
     run = ["algo=reward_model", "steps=10", "learning_rate=1e-2", f"run_dir={tmp_path / 'run'}"]
     assert cli.main(["train", *model, *data, *run]) == 0
     after = json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]["after"]
@@ -169,3 +171,12 @@ def test_export_writes_what_auto_model_loads(run_dir, tmp_path, dtype):
     assert model.dtype == getattr(torch, dtype)
     # Both compute in dtype, in another order of operations: 8 bits of mantissa in bfloat16.
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5 if dtype == "float32" else 0.05)
+
+
+def test_a_group_of_a_run_is_replaced_with_its_parts():
+    run = changed(None, [])
+    data = changed(run, ["data/source=csv", "data=prompts", "data.source.path=a.csv"]).data
+    assert data["source"]["_target_"] == "rlft.data.files.Csv" and data["source"]["path"] == "a.csv"
+    for setting in ("data/source=csv", "+data/source=csv"):
+        with pytest.raises(ConfigError, match="a setting is changed by KEY=VALUE, or a whole group by GROUP=NAME"):
+            changed(run, [setting])

@@ -10,44 +10,57 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from rlft.data.kinds import TABLES
+from rlft.data.table import Table
+
 CONF = Path(__file__).parents[2] / "conf"
 NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
-KINDS = ("preferences", "completions", "unpaired", "labelled")
-FORMATS = ("jsonl", "csv", "parquet", "huggingface")
-# Openings have one length and tasks are short, so nothing can be too long; tasks are the same for every seed.
-TASKS = ("sums", "sort", "recite")
-LEFT_OUT = {name: {"max_prompt_tokens", "on_long"} for name in ("reviews", "shakespeare", *TASKS)}
+SOURCES = sorted(path.stem for path in (CONF / "data" / "source").glob("*.yaml"))
+TASKS = ("recite", "sort", "sums")
+# The choices of data= that let a source be chosen, with the sources that go with them.
+CHOICES = {
+    "prompts": SOURCES,
+    "text": SOURCES,
+    "contexts": SOURCES,
+    "completions": [*TABLES, *TASKS],
+    "preferences": TABLES,
+    "unpaired": TABLES,
+    "labelled": TABLES,
+}
+PAIRS = [(kind, source) for kind, sources in CHOICES.items() for source in sources]
+ALONE = [(name, None) for name in NAMES if name not in CHOICES]
+OPENINGS = ("reviews", "shakespeare")  # their prompts have one length, so none can be too long
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_yaml_shows_every_knob_of_its_classes_and_no_other(name):
-    (data, *parts) = _nodes(_composed(name))
-    assert _knobs(data) - {"tokenizer"} == _keys(data) | LEFT_OUT.get(name, set())
-    for part in parts:
-        assert _knobs(part) - {"tokenizer"} == _keys(part) | (
-            {"num", "seed"} if name.removeprefix("completions_") in TASKS else set()
-        )
+@pytest.mark.parametrize(("name", "source"), [*ALONE, *PAIRS])
+def test_yaml_shows_every_knob_of_its_classes_and_no_other(name, source):
+    (data, *parts) = _nodes(_composed(name, source))
+    left_out = {"max_prompt_tokens", "on_long"} if name in OPENINGS else set()
+    assert _knobs(data) - {"tokenizer"} == _keys(data) | left_out
+    for part in parts:  # tasks are the same for every seed
+        assert _knobs(part) == _keys(part) | ({"num", "seed"} if source in TASKS else set())
 
 
-def test_there_is_a_yaml_for_each_source():
-    names = "csv huggingface jsonl parquet reviews reviews_text reviews_labelled shakespeare shakespeare_text text_file"
-    assert {*names.split(), *(f"{kind}_{form}" for kind in KINDS for form in FORMATS)} <= set(NAMES)
+@pytest.mark.parametrize("kind", CHOICES)
+def test_only_the_source_depends_on_the_choice_of_the_source(kind):
+    nodes = {source: _composed(kind, source) for source in CHOICES[kind]}
+    rest = [node | {"source": None} for node in nodes.values()]
+    assert all(node == rest[0] for node in rest)
+    files = [nodes[name]["source"] for name in TABLES]
+    for key in ("path", "prompt_column", "on_bad_row", "validation", "test"):
+        assert len({str(source[key]) for source in files}) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_formats_differ_in_nothing_but_the_source(kind):
-    first, *others = (_composed(f"{kind}_{form}") for form in FORMATS)
-    for other in others:
-        assert other | {"source": None} == first | {"source": None}
-        assert other["source"]["_target_"] != first["source"]["_target_"]
-        assert {key: other["source"][key] for key in first["source"] if key != "_target_"} == {
-            key: value for key, value in first["source"].items() if key != "_target_"
-        }
+def test_tables_are_the_sources_whose_columns_are_the_users():
+    classes = {name: get_class(_composed("prompts", name)["source"]["_target_"]) for name in SOURCES}
+    assert {name for name, one in classes.items() if issubclass(one, Table)} == set(TABLES)
+    assert not any(hasattr(classes[name], "columns") for name in TABLES)
 
 
-def _composed(name: str) -> dict[str, Any]:
+def _composed(name: str, source: str | None) -> dict[str, Any]:
+    overrides = [f"+data={name}"] + ([f"data/source={source}"] if source else [])
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose(overrides=[f"+data={name}"]))
+        config: Any = OmegaConf.to_container(compose(overrides=overrides))
     return config["data"]
 
 

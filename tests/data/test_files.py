@@ -207,7 +207,7 @@ def test_hub_that_cannot_be_reached_is_an_error_that_names_the_ways_on(datasets,
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"path=some/name .*cannot be loaded: ConnectionError.*data=jsonl"):
+    with pytest.raises(DataError, match=r"path=some/name .*cannot be loaded: ConnectionError.*data/source=jsonl"):
         HuggingFaceData("some/name").rows("train")
 
 

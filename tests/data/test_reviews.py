@@ -49,6 +49,7 @@ def invented_reviews(tmp_path, monkeypatch):
 def test_rows_have_label_source_and_place():
     rows = [row for split in SPLITS for row in Reviews().rows(split)]
     (third,) = [row for row in rows if row.text == "Invented film 3. Fine, really."]
+    assert tuple(third.columns) == Reviews.columns
     assert third.columns == {"label": 1, "source": "imdb"} and third.where == "reviews.csv:5"
 
 

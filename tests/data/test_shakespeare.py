@@ -50,7 +50,7 @@ def test_speeches_keep_their_lines_and_places(play):
 
 def test_another_text_is_refused(play):
     Path(play).write_text(PLAY + "more")
-    with pytest.raises(DataError, match=r"play.txt is not tiny Shakespeare.*SHA-256.*data=text_file"):
+    with pytest.raises(DataError, match=r"play.txt is not tiny Shakespeare.*SHA-256.*data/source=text_file"):
         Shakespeare(path=play).rows("train")
 
 

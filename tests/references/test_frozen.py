@@ -116,9 +116,9 @@ def job(tmp_path, monkeypatch):
     overrides = [
         "name=test", "model=gpt2_scratch", "model.vocab_size=32", "model.n_positions=24", "model.n_embd=8",
         "model.n_layer=1", "model.n_head=2", "model.tokenizer._target_=rlft.text.characters.characters",
-        "~model.tokenizer.vocab_size", "data=jsonl", f"data.source.path={tmp_path}/texts.jsonl", "data.prompt_tokens=3",
-        "data.source.validation=0.2", "reward=length", "prompts_per_step=2", "group_size=3", "max_new_tokens=6",
-        "eval_prompts=4", "hardware=cpu", "hardware.num_threads=1", "tracker=none",
+        "~model.tokenizer.vocab_size", "data=prompts", f"data.source.path={tmp_path}/texts.jsonl",
+        "data.prompt_tokens=3", "data.source.validation=0.2", "reward=length", "prompts_per_step=2", "group_size=3",
+        "max_new_tokens=6", "eval_prompts=4", "hardware=cpu", "hardware.num_threads=1", "tracker=none",
     ]  # fmt: skip
 
     def make(*more: str) -> build.Job:

@@ -63,7 +63,7 @@ def test_next_token_compares_position_by_position():
 
 
 def test_next_token_without_targets_names_the_data_that_has_them():
-    with pytest.raises(ConfigError, match="data=shakespeare_contexts"):
+    with pytest.raises(ConfigError, match="data=contexts"):
         run(summed(n=NextToken()), IDS)
     with pytest.raises(ConfigError, match=r"miss=0\.5 must be at most 0"):
         NextToken(miss=0.5)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rlft.algos.base import NOT_EVALUATED, Algorithm, Evaluation, Run, Setup, check_sizes
 from rlft.algos.offline.examples import check_held_out
-from rlft.algos.samples import EVAL_SEED, EVAL_STREAM
+from rlft.algos.samples import EVAL_SEED, EVAL_STREAM, NUM_SHOWN
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError
 from rlft.core.metrics import Metrics
@@ -35,8 +35,6 @@ from rlft.models.likelihood import EVAL_ROWS, text_rows
 from rlft.models.scorer import Scorer, Scores
 from rlft.rollout.sampling import uniforms
 from rlft.rollout.unmask import Unmasking, unmask
-
-NUM_SAMPLES = 5
 
 
 class Denoise(Algorithm):
@@ -144,7 +142,7 @@ class Denoise(Algorithm):
         return torch.from_numpy(made)
 
     def _samples(self) -> list[dict]:
-        blocks = self.run.data.validation(max_blocks=NUM_SAMPLES).to(self.run.device)
+        blocks = self.run.data.validation(max_blocks=NUM_SHOWN).to(self.run.device)
         canvas = torch.cat([blocks[:, :1], torch.full_like(blocks[:, 1:], self.mask_id)], dim=1)
         filled = unmask(self.run.policy, canvas, how=self.unmasking, seed=EVAL_SEED, stream=EVAL_STREAM).tolist()
         return [

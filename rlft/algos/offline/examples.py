@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from rlft.algos.base import NOT_EVALUATED, Algorithm, Evaluation, Run
-from rlft.algos.samples import draw
+from rlft.algos.samples import NUM_SHOWN, draw
 from rlft.core.batch import Batch, Denominators, Rows, pad
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.metrics import Metrics
 from rlft.data.examples import Example, ExampleData, example_lengths
 from rlft.models.scorer import Scorer
-
-NUM_SAMPLES = 5
 
 
 class OnExamples(Algorithm):
@@ -134,4 +132,4 @@ def _rows(examples: list[Example], completions: list[list[int]], num: int, devic
 
 def show_samples(run: Run, examples: list[Example]) -> list[dict]:
     """Return the policy's own completions of the first prompts, as rows of samples.jsonl."""
-    return draw(run, [example.prompt for example in examples[:NUM_SAMPLES]], sampling=run.sampling).rows()
+    return draw(run, [example.prompt for example in examples[:NUM_SHOWN]], sampling=run.sampling).rows()

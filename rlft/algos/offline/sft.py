@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlft.algos.base import Algorithm, Evaluation, Run, Setup, check_sizes
 from rlft.algos.offline.examples import check_held_out, check_room, completion_rows, held_out, show_samples
-from rlft.algos.samples import draw
+from rlft.algos.samples import NUM_SHOWN, draw
 from rlft.core.batch import Batch, Denominators, Rows
 from rlft.core.errors import ConfigError
 from rlft.core.metrics import Metrics
@@ -25,8 +25,6 @@ from rlft.data.prompts import Prompt
 from rlft.functional.aggregation import token_mean
 from rlft.models.likelihood import EVAL_ROWS, mean_loss, perplexity, text_rows
 from rlft.models.scorer import Scorer
-
-NUM_SAMPLES = 5  # of an evaluation on plain text
 
 
 class SFT(Algorithm):
@@ -102,5 +100,5 @@ class SFT(Algorithm):
         if eos_id is None:
             return []
         start = Prompt("", [eos_id], {}, "the end-of-text token")
-        drawn = draw(run, [start], sampling=run.sampling, group_size=NUM_SAMPLES, seed=run.settings.seed)
+        drawn = draw(run, [start], sampling=run.sampling, group_size=NUM_SHOWN, seed=run.settings.seed)
         return drawn.rows()

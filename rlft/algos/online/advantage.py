@@ -57,7 +57,10 @@ class TokenAdvantage:
 
 
 def advantage_of(part: Callable[..., Any]) -> CompletionAdvantage | TokenAdvantage:
-    """Return a part as the advantage that it is; raises `ConfigError` where it does not say, or asks for another thing."""
+    """Return a part as the advantage that it is.
+
+    Raises `ConfigError` where it does not say which, or asks for what there is not.
+    """
     function: Any = function_of(part)
     called = function if inspect.isfunction(function) else type(function).__call__
     hint = typing.get_type_hints(called, include_extras=True).get("rewards")
@@ -65,6 +68,6 @@ def advantage_of(part: Callable[..., Any]) -> CompletionAdvantage | TokenAdvanta
         if hint == shape:
             return kind(composed(part, where=WHERE, tensors=kind.TENSORS, from_run=FROM_RUN))
     raise ConfigError(
-        f"{WHERE}: {getattr(function, '__name__', type(function).__name__)} does not say what its rewards are: annotate "
-        f"its parameter rewards as rlft.functional.shapes.PerCompletion ([B]) or PerToken ([B, T])"
+        f"{WHERE}: {getattr(function, '__name__', type(function).__name__)} does not say what its rewards are: "
+        f"annotate its parameter rewards as rlft.functional.shapes.PerCompletion ([B]) or PerToken ([B, T])"
     )

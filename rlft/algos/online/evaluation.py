@@ -22,7 +22,7 @@ from rlft.models.likelihood import perplexity
 from rlft.rollout.engine import Rollout
 from rlft.rollout.sampling import Sampling
 
-EVAL_ROWS = 64  # prompts rolled out at once
+PROMPTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Evaluator:
             )
         assert run.rewards is not None
         metrics, rows = Metrics(), list[dict]()
-        for start in range(0, len(held_out), EVAL_ROWS):
-            prompts = held_out[start : start + EVAL_ROWS]
+        for start in range(0, len(held_out), PROMPTS_AT_ONCE):
+            prompts = held_out[start : start + PROMPTS_AT_ONCE]
             samples = draw(run, prompts, sampling=self.sampling, first_prompt=start).score(run.rewards)
             samples.add_rewards(metrics, prefix="eval/")
             lengths = samples.rollout.rows.completion_mask.sum(dim=1)

@@ -86,7 +86,7 @@ class PolicyGradient(Algorithm):
         """Return the rows of optimizer step `update`: each epoch goes through the batch in an order of its own."""
         updates = self.parts.updates
         if updates.target_kl is not None and before.get(MOVED, 0.0) > updates.target_kl:
-            return None  # and so for the updates that are left: nothing moves the policy any more
+            return None  # and so are the updates that are left, since the policy moves no more
         if updates.minibatches == 1:
             return batch
         epoch, part = divmod(update, updates.minibatches)
@@ -96,7 +96,7 @@ class PolicyGradient(Algorithm):
         return batch.select(torch.as_tensor(rows, device=self.run.device).sort().values)
 
     def needed(self, batch: Batch) -> Batch:
-        """Leave out the rows whose advantages are all zero, where the surrogate is the whole loss: 0 times anything.
+        """Leave out rows whose advantages are all zero, where the surrogate is the whole loss: their gradient is zero.
 
         With a target KL all stay: how far the policy moved is measured on the whole mini-batch.
         """
@@ -105,7 +105,7 @@ class PolicyGradient(Algorithm):
         if not is_ours or is_more or self.parts.updates.target_kl is not None:
             return batch
         has_part = batch.values["advantages"].ne(0).any(dim=1)
-        has_part[0] |= not bool(has_part.any())  # a step with no gradient at all is still a step
+        has_part[0] |= not bool(has_part.any())  # one row stays: a step without a gradient is still a step
         return batch if bool(has_part.all()) else batch.select(has_part.nonzero()[:, 0])
 
     def loss(
@@ -196,7 +196,7 @@ class PolicyGradient(Algorithm):
         return rewards
 
     def _penalty(self, samples: Samples, values: dict[str, Tensor]) -> Tensor:
-        """Return what a KL in the reward takes from each token's reward, [B, T]."""
+        """Return what the KL takes from each token's reward, [B, T]; 0 where it is not in the reward."""
         if not self.kl.is_in_reward:
             return torch.zeros_like(values["old_logprobs"])
         return self.kl.coef * self.reference_scores.sampled_kl(samples.rollout.rows, values)

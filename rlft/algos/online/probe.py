@@ -1,4 +1,4 @@
-"""What an online run is measured by beside its reward: the policy as a language model of held-out text."""
+"""What an evaluation of an online run measures beside the rewards: the loss of held-out text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TextProbe:
     ) -> dict[str, float]:
         """Raises `ConfigError` for data that is no running text."""
         if not isinstance(data, Contexts):
-            raise ConfigError("algo/probe=text reads running text: take data=shakespeare_contexts or reviews_contexts")
+            raise ConfigError("algo/probe=text reads running text: take data=contexts")
         blocks = data.text.validation(max_blocks=self.max_blocks).to(device).split(EVAL_ROWS)
         loss = mean_loss(policy, map(text_rows, blocks))
         metrics = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}

@@ -14,7 +14,7 @@ from rlft.core.errors import ConfigError, RewardError
 from rlft.data.kinds import Kind
 from rlft.functional.preference import best_and_worst
 
-MIN_PAIRS_PER_GROUP = 0.01  # fewer groups with spread than this, over MIN_GROUPS, and no file will ever be full
+MIN_PAIRS_PER_GROUP = 0.01  # with a smaller share of groups that differ, over MIN_GROUPS of them, it gives up
 MIN_GROUPS = 500
 
 
@@ -51,7 +51,7 @@ class RankPairs:
             raise ConfigError(f"pairs are written by one process, and there are {setup.world_size}")
 
     def write(self, report: Callable[[int], None] = lambda _: None) -> dict[str, float]:
-        """Sample, rank and write; `report` hears how many pairs there are. Returns what a person may want to know.
+        """Sample, rank and write; `report` is called with the number of pairs so far. Returns counts and mean rewards.
 
         Raises `RewardError` where next to no group has spread.
         """

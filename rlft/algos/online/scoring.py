@@ -27,7 +27,7 @@ MAX_LOGPROB_DIFFERENCE = 1e-3  # between sampler and trainer in float32, nats
 
 
 class ReferenceScores:
-    """What the policy that sampled and the frozen reference, where there is one, say of a rollout, and their KL."""
+    """Scores of a rollout by the policy that sampled it and by the frozen reference, and the KL between the two."""
 
     def __init__(self, run: Run, *, kl: KLPenalty, head: Head | None, sampling: Sampling) -> None:
         """`head` is the critic, where there is one; `sampling` is how the rollout is drawn."""
@@ -35,9 +35,9 @@ class ReferenceScores:
         self.has_exact = is_exact_kl_logged(run) or (run.reference is not None and kl.is_exact)
 
     def values(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Return the batch's frozen tensors: old_logprobs [B, T] always, the others where there is what they need.
+        """Return the batch's frozen tensors: old_logprobs [B, T], and those of a critic and a reference, if any.
 
-        They are old_values [B, T] of the critic, and ref_logprobs [B, T] and ref_hidden [B, T, C] of the reference.
+        old_values [B, T] are the critic's, ref_logprobs [B, T] and ref_hidden [B, T, C] the reference's.
         """
         values, rows, is_plain = {"old_logprobs": rollout.logprobs}, rollout.rows, self.sampling.is_plain
         if isinstance(self.head, Critic) and is_plain:
@@ -65,7 +65,7 @@ class ReferenceScores:
 
     @torch.no_grad()
     def target_logprobs(self, rows: Rows, targets: list[list[int]]) -> Tensor:
-        """Return the policy's logprob of other tokens than the sampled ones, at their places; [B, T], 0 beyond them."""
+        """Return the policy's logprobs of given tokens in place of the sampled ones, [B, T]; 0 beyond their end."""
         mask = rows.completion_mask
         ids, has_target = pad([row[: mask.shape[1]] for row in targets], device=mask.device)
         width = mask.shape[1] - ids.shape[1]
@@ -98,7 +98,7 @@ class ReferenceScores:
 
 
 def is_exact_kl_logged(run: Run) -> bool:
-    """Return whether there is a reference, and a vocabulary so small that the exact KL costs little beside its estimate."""
+    """Return whether there is a reference, and a vocabulary small enough to log the exact KL beside its estimate."""
     return run.reference is not None and run.policy.vocab_size <= EXACT_KL_VOCABULARY
 
 

@@ -45,7 +45,7 @@ def test_evaluation_is_the_same_twice_whatever_was_trained_between():
 def test_evaluation_is_the_same_for_every_seed_and_batch_size(monkeypatch):
     first = build("grpo", prompts=PROMPTS, eval_prompts=7).evaluate()
     other = build("grpo", prompts=PROMPTS, eval_prompts=7, seed=99, micro_batch=2)
-    monkeypatch.setattr("rlft.algos.online.evaluation.EVAL_ROWS", 3)
+    monkeypatch.setattr("rlft.algos.online.evaluation.PROMPTS_AT_ONCE", 3)
     again = other.evaluate()
     assert again.samples == first.samples
     assert again.metrics == pytest.approx(first.metrics, rel=1e-12)

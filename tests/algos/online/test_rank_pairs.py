@@ -112,7 +112,7 @@ def test_command_writes_pairs_and_names_what_is_wrong(tmp_path):
     reward.write_text("def score(completions, **_):\n    return [float(len(text)) for text in completions]\n")
     command = [
         sys.executable, "-m", "rlft", "rank", "model=gpt2_scratch", "model.n_layer=1", "model.n_embd=16",
-        "model.n_head=2", "model.n_positions=32", "model.tokenizer.vocab_size=260", "data=jsonl",
+        "model.n_head=2", "model.n_positions=32", "model.tokenizer.vocab_size=260", "data=prompts",
         f"data.source.path={prompts}", "reward=custom", f"reward.custom.function={reward}:score", "hardware=cpu",
         "hardware.num_threads=1", "max_new_tokens=4", "group_size=3", "prompts_per_step=4", "algo.num_pairs=6",
         f"algo.path={tmp_path / 'pairs.jsonl'}",

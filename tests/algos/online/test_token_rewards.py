@@ -21,10 +21,9 @@ BLOCKS = torch.arange(60).view(6, 10) % 11
 
 
 def contexts(context: int = 3, horizon: int = 4, **settings: int) -> Contexts:
-    def text(tokenizer):
-        return FixedText(BLOCKS, BLOCKS[:2])
-
-    return Contexts(text, tokenizer=TOKENIZER, context=context, horizon=horizon, **settings)
+    made = Contexts(None, tokenizer=TOKENIZER, context=context, horizon=horizon, block_size=9, **settings)
+    made.text = FixedText(BLOCKS, BLOCKS[:2])
+    return made
 
 
 def dense(completion_ids, **_):
@@ -53,7 +52,7 @@ def test_contexts_of_drawn_lengths_are_a_function_of_seed_and_step_and_reach_eve
 
 def test_contexts_that_fit_no_block_are_refused():
     contexts(context=6, horizon=4)
-    with pytest.raises(ConfigError, match=r"at most data\.text\.block_size \+ 1 = 10"):
+    with pytest.raises(ConfigError, match=r"at most data\.block_size \+ 1 = 10"):
         contexts(context=7, horizon=4)
 
 
@@ -110,5 +109,5 @@ def test_probe_is_the_loss_of_a_plain_forward():
         "eval/loss": pytest.approx(expected, rel=1e-12),
         "eval/perplexity": pytest.approx(math.exp(expected)),
     }
-    with pytest.raises(ConfigError, match="shakespeare_contexts"):
+    with pytest.raises(ConfigError, match="data=contexts"):
         TextProbe()(policy, None, SimpleNamespace(), device=torch.device("cpu"))

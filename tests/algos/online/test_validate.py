@@ -58,5 +58,5 @@ def test_rewards_that_an_advantage_is_not_for_are_refused_on_the_first_batch_wit
 
 
 def test_targets_that_the_data_does_not_have_are_refused_before_anything_is_sampled():
-    with pytest.raises(ConfigError, match=r"list:\d does not have \(its columns: number\): .*shakespeare_contexts"):
+    with pytest.raises(ConfigError, match=r"list:\d does not have \(its columns: number\): .*data=contexts"):
         build("reinforce", "algo.target_logprob_coef=0.5")
