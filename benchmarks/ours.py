@@ -110,7 +110,8 @@ def main() -> None:
             vars(args)
             | {"step_s": statistics.median(seconds), "steps": seconds, "parts": parts}
             | {"product_gflops": efficiency.measured_ceiling(torch.device("cpu"), torch.float32) / 1e9}
-            | {"params": job.run.policy.num_parameters(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            | {"params": job.run.policy.num_parameters()}
+            | {"threads": torch.get_num_threads(), "torch": torch.__version__}
         )
     )
 

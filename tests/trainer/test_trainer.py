@@ -125,6 +125,24 @@ def test_two_updates_take_one_batch_for_two_steps(tmp_path):
     assert made.checkpoints.steps() == [4, 6]  # at the end of the batch in which the third step, and the sixth, fell
 
 
+@pytest.mark.parametrize(("target", "is_passed_over"), [(1e-9, [0, 0, 1, 1]), (1e9, [0, 0, 0, 0])])
+def test_the_metrics_of_an_update_decide_on_those_that_are_left_on_its_batch(tmp_path, target, is_passed_over):
+    policy = tiny(3, spread=0.2)
+    overrides = ("algo.epochs=4", f"algo.target_kl={target}")
+    algorithm = policy_gradient("ppo", *overrides, policy=policy, reference=initial(policy))
+    made = trainer(policy, algorithm, tmp_path, steps=8)
+    seen = [weights(made)]
+    rows = []
+    for step in range(8):
+        rows.append(made.step(step))
+        seen.append(weights(made))
+    # The first update moves nothing yet that it could measure; the second sees how far it went. Each batch begins anew.
+    assert [row["passed_over"] for row in rows] == is_passed_over * 2
+    assert [is_same(a, b) for a, b in pairwise(seen)] == [bool(passed) for passed in is_passed_over * 2]
+    assert ["policy/approxkl" in row for row in rows] == [not passed for passed in is_passed_over * 2]
+    assert rows[0]["policy/approxkl"] < 1e-9 < rows[1]["policy/approxkl"] < 1e9
+
+
 # Logs.
 
 

@@ -1,4 +1,4 @@
-"""An advantage says by the type of its rewards whether it is of completions or of tokens, and asks for what there is."""
+"""An advantage says by the type of its rewards whether it is of completions or of tokens, which have other tensors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_one_of_completions_may_not_ask_for_what_only_tokens_have():
         return rewards
 
     for part, name in ((with_values, "values"), (with_mask, "mask")):
-        with pytest.raises(ConfigError, match=rf"^algo/advantage: with_{name} asks for the tensor '{name}'.*; there are"):
+        with pytest.raises(ConfigError, match=rf"^algo/advantage: with_{name} asks for the tensor '{name}'.*there are"):
             advantage_of(part)
     with pytest.raises(ConfigError, match="asks for the tensor 'values'"):  # and so before anything is sampled
         build("ppo", parts={"advantage": with_values})
@@ -93,7 +93,7 @@ def test_one_of_tokens_may_not_ask_for_what_only_completions_have():
     def with_greedy(rewards: PerToken, greedy_rewards: PerCompletion) -> Tensor:
         return rewards
 
-    with pytest.raises(ConfigError, match="with_greedy asks for the tensor 'greedy_rewards'.*there are rewards, mask"):
+    with pytest.raises(ConfigError, match=r"with_greedy asks for the tensor 'greedy_rewards'.*there are rewards, mask"):
         advantage_of(with_greedy)
 
 

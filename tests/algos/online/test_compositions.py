@@ -190,6 +190,21 @@ def test_each_epoch_goes_once_through_the_batch_in_an_order_of_its_own():
     assert [again.minibatch(other, update, before={}).values["row"].tolist() for update in range(6)] != parts
 
 
+def test_mini_batches_follow_from_their_own_batch_whichever_was_drawn_last():
+    algorithm = build("ppo", "algo.epochs=2", "algo.minibatches=3")
+    batches = [algorithm.collect(index) for index in range(2)]
+    for batch in batches:
+        batch.values["row"] = torch.arange(6)
+
+    def parts(batch) -> list[list[int]]:
+        return [algorithm.minibatch(batch, update, before={}).values["row"].tolist() for update in range(6)]
+
+    first = parts(batches[0])
+    assert parts(batches[1]) != first
+    algorithm.collect(2)
+    assert parts(batches[0]) == first
+
+
 def test_updates_that_are_left_are_passed_over_above_the_target_kl():
     algorithm = build("ppo", "algo.target_kl=0.001")
     batch = algorithm.collect(1)

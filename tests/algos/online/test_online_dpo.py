@@ -140,6 +140,15 @@ def test_all_sampled_tokens_are_counted_although_only_pairs_are_trained_on():
     assert algorithm.minibatch(everything, 0, before={}).num_rows == 6
 
 
+def test_the_pairs_of_a_batch_stay_after_the_next_was_drawn():
+    algorithm = made()
+    first = algorithm.collect(0)
+    before = completions(algorithm.minibatch(first, 0, before={}))
+    second = algorithm.collect(1)
+    assert completions(algorithm.minibatch(first, 0, before={})) == before
+    assert completions(algorithm.minibatch(second, 0, before={})) != before
+
+
 def test_logprobs_are_the_current_policys_whoever_sampled():
     algorithm = made(is_float32=False)  # else the policy would have to be the sampler's
     everything = algorithm.collect(1)
