@@ -41,19 +41,19 @@ def run(arguments: list[str]) -> int:
     args = parser().parse(arguments)
     output_directory(args.out)
     try:
-        from rlft.report import curves, table
+        from rlft.report import curves, markdown
         from rlft.report.runs import read_groups
     except ImportError as error:
         raise ConfigError(f"{error}: pip install 'rlft[plots]'") from error
     groups = read_groups(args.runs)
     known = [metric for runs in groups.values() for run in runs for metric in run.summary["evaluation"]["after"]]
-    reward = args.reward or (table.REWARD if table.REWARD in known else None)
+    reward = args.reward or (markdown.REWARD if markdown.REWARD in known else None)
     shown = args.metrics or [metric for metric in METRICS if metric in known] or sorted(set(known))
     columns = list(dict.fromkeys([*([reward] if reward else []), *shown]))
-    parts = [table.results(groups, columns, reward=reward or table.REWARD, kls=args.at_kl)]
-    parts.append(table.provenance(groups))
+    parts = [markdown.results(groups, columns, reward=reward or markdown.REWARD, kls=args.at_kl)]
+    parts.append(markdown.provenance(groups))
     if args.samples:
-        parts.append(table.samples(groups, args.samples))
+        parts.append(markdown.samples(groups, args.samples))
     (args.out / "results.md").write_text("\n\n".join(parts) + "\n")
     if reward:
         curves.draw(groups, args.out / "curves.png", reward=reward)

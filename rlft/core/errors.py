@@ -1,13 +1,13 @@
-"""The errors a run ends with, each with its exit code (the table is in README.md)."""
+"""The errors that end a run, each with its exit code (README.md has the table)."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class RlftError(Exception):
-    """Base of every error that a user can mend; `exit_code` is the process's exit status."""
+    """Base of all errors that a user can correct; `exit_code` is the exit status of the process."""
 
     exit_code = 1
 
@@ -19,19 +19,19 @@ class ConfigError(RlftError, ValueError):
 
 
 class DataError(RlftError, ValueError):
-    """A data set or one of its rows cannot be used; the message names file and line."""
+    """A data set, or a row of it, cannot be used; the message names the file and the line."""
 
     exit_code = 3
 
 
 class RewardError(RlftError, ValueError):
-    """A reward failed, timed out, or returned something that is not a reward."""
+    """A reward failed, timed out, or returned a value that is not a reward."""
 
     exit_code = 4
 
 
 class NonFiniteError(RlftError, ArithmeticError):
-    """Too many optimizer steps in a row had a non-finite loss or gradient."""
+    """Too many optimizer steps in a row had a loss or gradient that is not finite."""
 
     exit_code = 5
 
@@ -46,6 +46,12 @@ class RunDirectoryError(RlftError, OSError):
     """The run directory holds another run, or another process is writing to it."""
 
     exit_code = 7
+
+
+def check_choice(key: str, value: object, allowed: Collection[str]) -> None:
+    """Raise `ConfigError` for a value that is not allowed; the message names the key and the nearest allowed value."""
+    if value not in allowed:
+        raise ConfigError(f"{key} is one of {', '.join(allowed)}, got {value!r}{nearest(str(value), allowed)}")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

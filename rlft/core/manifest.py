@@ -1,4 +1,4 @@
-"""The manifest of a directory: sizes and SHA-256 sums of its files, written last, which tell whether it is whole."""
+"""The manifest of a directory: sizes and SHA-256 sums of its files. It is written last and shows what is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MANIFEST = "manifest.json"
 
 
 def write(directory: Path) -> None:
-    """Write the manifest of a directory's files, and see to it that all of them are on the disk (fsync)."""
+    """Write the manifest of a directory's files; all of them are on the disk (fsync) when this returns."""
     manifest = {}
     for path in sorted(directory.iterdir()):
         fsync(path)
@@ -24,7 +24,7 @@ def write(directory: Path) -> None:
 
 
 def verify(path: Path) -> None:
-    """Check a checkpoint directory against its manifest; raises `CheckpointError` naming the file that is wrong."""
+    """Check a checkpoint directory against its manifest; raises `CheckpointError` that names the damaged file."""
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         raise CheckpointError(f"{path} has no manifest.json: it is not a complete checkpoint")
@@ -49,7 +49,7 @@ def _sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

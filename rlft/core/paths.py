@@ -1,4 +1,4 @@
-"""Where files are: what a `path` setting names (in a package, on disk, on the hub), and the YAML files of conf/."""
+"""Paths: the file or hub name that a `path` setting stands for, and the directory of the YAML files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ PACKAGE = "package:"
 
 
 def resolve(path: str) -> Path | str:
-    """Return an existing local `Path`, or `path` itself where it can only be a name on the Hugging Face hub.
+    """Return an existing local `Path`, or `path` itself if it can only be a name on the Hugging Face hub.
 
-    `package:rlft/assets/tiny` is `assets/tiny` inside the installed package `rlft`. What exists on disk is a local
-    path, and so is what is written like one (`/…`, `./…`, `../…`, `~…`, or with two slashes): the latter must exist.
+    `package:rlft/assets/tiny` is `assets/tiny` inside the installed package `rlft`. Any other path is local if it
+    exists on disk. It must exist if it is written like a local path (`/…`, `./…`, `../…`, `~…`, or with two slashes).
 
-    Raises `ConfigError` if the package, or the file or directory, does not exist.
+    Raises `ConfigError` if the package, the file or the directory does not exist.
     """
     if path.startswith(PACKAGE):
         return _inside_package(path)
@@ -32,14 +32,14 @@ def resolve(path: str) -> Path | str:
 
 
 def conf_directory() -> Path:
-    """Return the directory of the YAML files: rlft/conf in an installed package, conf/ beside it in a checkout."""
+    """Return the directory of the YAML files: rlft/conf in an installed package, conf/ beside rlft/ in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
 def _inside_package(path: str) -> Path:
-    """Find a package without importing it: a path in a run's configuration must not run code."""
+    """Return a path inside a package, without importing it: a path in a run's configuration must not run code."""
     package, _, inner = path.removeprefix(PACKAGE).partition("/")
     top, *below = package.split(".")
     try:

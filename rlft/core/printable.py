@@ -1,4 +1,4 @@
-"""Text of unknown origin, such as what a model wrote, made safe to show on a terminal or a page."""
+"""Makes text of unknown origin, such as a model's completions, safe to show on a terminal or a page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The root settings of a run, and settings that a constructor takes together as one object.
+"""The root settings of a run, and groups of settings that a constructor takes as one object.
 
-A new root setting is one line in `conf/train.yaml`, with its default and what it means, and one field here, with its
-type and range. Everything that has the run can read it.
+A new root setting is one line in `conf/train.yaml`, with its default and meaning, and one field here, with its type and
+range. Every object that has the `Run` can read it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCHEDULES = ("constant", "linear", "cosine")  # of the learning rate
 
 @dataclass(frozen=True)
 class RootSettings:
-    """The root settings; `conf/train.yaml` says what each means and holds its default."""
+    """The root settings; `conf/train.yaml` holds their meanings and defaults."""
 
     name: str
     seed: CountOrZero
@@ -54,11 +54,11 @@ class RootSettings:
 
     @property
     def limits(self) -> dict[str, int | None]:
-        """What one forward may hold, as `Batch.micro_batches` takes it."""
+        """The limits of one forward pass: the arguments of `Batch.micro_batches`."""
         return {"max_rows": self.micro_batch, "max_tokens": self.micro_batch_tokens}
 
     def check_without_evaluation(self) -> None:
-        """Raise `ConfigError` for a setting that asks for evaluations, for a run whose data holds nothing out."""
+        """Raise `ConfigError` for a setting that needs evaluations; for runs whose data has no validation split."""
         asked = {"patience": self.patience is not None, "eval_every": self.eval_every > 0, "steps": self.steps == 0}
         for name, is_asked in asked.items():
             if is_asked:
@@ -71,13 +71,13 @@ class RootSettings:
 class SettingsGroup:
     """Base of dataclasses of settings that belong together.
 
-    A constructor takes such a group as one argument; in YAML its fields stand beside the constructor's other arguments,
-    not in a node of their own: `algo.epochs`, although `Updates` has the field. A group may hold other groups.
+    A constructor takes such a group as one argument. In YAML, its fields are written next to the constructor's other
+    arguments, not in a node of their own: `algo.epochs`, although it is a field of `Updates`. Groups may be nested.
     """
 
 
 def parameters_of(target: Any) -> dict[str, tuple[inspect.Parameter, Any]]:
-    """Return what a callable can be given in YAML: parameters and type hints by name, a group's fields in its place."""
+    """Return the parameters and type hints, by name, that YAML can set; a group is replaced by its fields."""
     found: dict[str, tuple[inspect.Parameter, Any]] = {}
     hints = _hints(target)
     for name, parameter in inspect.signature(target).parameters.items():
@@ -87,7 +87,7 @@ def parameters_of(target: Any) -> dict[str, tuple[inspect.Parameter, Any]]:
 
 
 def gathered(target: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Return `values`, which `parameters_of` names, with those of each group made into its object."""
+    """Return `values`, whose names are those of `parameters_of`, with the values of each group made into its object."""
     made = dict(values)
     for name, hint in _hints(target).items():
         if _is_group(hint):

@@ -1,8 +1,9 @@
-"""Attention over segments of tokens and its gradient, as numba compiles them. Importing this imports numba.
+"""The loops of attention over segments of tokens and of its gradient, for numba. Importing this imports numba.
 
-A block of queries is the lanes of its weights, `w[key, query]`, so that a softmax is done to whole vectors; what is
-computed for a block, 256 bytes for each key, stays in the processor's cache up to some thousand keys. The weights are
-computed again for the gradient, from their logarithm's normaliser (as in FlashAttention, arXiv:2205.14135).
+Queries are taken in blocks. Attention weights are `w[key, query]`, and a block's queries are the lanes of vectors, so
+that a softmax works on whole vectors. The results for a block take 256 bytes for each key and stay in the processor's
+cache up to some thousand keys. The gradient computes the weights again, from the logarithm of their normaliser (as in
+FlashAttention, arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ import numpy as np
 from rlft.cpu.compiled import exp, f32
 from rlft.cpu.kernels import HAS_32_REGISTERS, HIGH, LANES, address_of, double, quadruple, simple, transpose
 
-BLOCK = 64  # queries that are looked at together
-PAD = BLOCK + HIGH  # rows of HIGH that start in a block end before
+BLOCK = 64  # queries that are processed together
+PAD = BLOCK + HIGH  # groups of HIGH rows that start within a block end within this
 
 
 class Work(NamedTuple):
-    """What a thread computes with, float32; `longest` rows hold the keys of the longest context and row."""
+    """A thread's working memory, float32; `longest` rows hold the keys of the longest context and the longest row."""
 
     queries: Any  # [D, BLOCK], a block's
     weights: Any  # [longest, BLOCK]
-    sums: Any  # [2, BLOCK]: of each query
-    few: Any  # [HIGH, D], keys or values where they are fewer
-    mixed: Any  # [PAD, D]: rows of HIGH that start in a block end before
+    sums: Any  # [2, BLOCK]: two numbers for each query
+    few: Any  # [HIGH, D], keys or values where there are fewer than HIGH
+    mixed: Any  # [PAD, D], a block's results
 
 
 class Slopes(NamedTuple):
-    """What the gradient needs besides."""
+    """Further working memory for the gradient."""
 
-    grads: Any  # [D, BLOCK], of what attention gave
-    outs: Any  # [D, BLOCK], what it gave
+    grads: Any  # [D, BLOCK], the gradient of attention's output
+    outs: Any  # [D, BLOCK], attention's output
     weights: Any  # [longest, BLOCK]
     key_grads: Any  # [longest, D], a row's
     value_grads: Any  # [longest, D]
@@ -52,19 +53,19 @@ def forward(qkv, contexts, rows, first_row, num_heads, first, last, first_head, 
     for p in range(first, last):
         for r in range(first_row[p] - 1, first_row[p + 1]):
             start, m = contexts[p]
-            row, context = (start, m), (start, 0)  # a context is a row without one
+            row, context = (start, m), (start, 0)  # a context is treated as a row without a context
             if r >= first_row[p]:
                 row, context = (rows[r, 0], rows[r, 1]), (start, m)
-            for head in range(first_head, last_head):  # those of a token lie side by side, and come from memory once
+            for head in range(first_head, last_head):  # a token's heads lie side by side and are fetched together
                 _attend(qkv, row, context, head, work, out, normalisers)
 
 
 def backward(
     qkv, contexts, rows, first_row, num_heads, first, last, first_head, last_head, out, normalisers, grad, grad_qkv
 ):
-    """Write the gradients `[N, 3 C]` of queries, keys and values, from that of `out`; the others are as in `forward`.
+    """Write the gradients `[N, 3 C]` of queries, keys and values, from `grad`, that of `out`; the rest as in `forward`.
 
-    d v = w^T d out;  d w = d out v^T;  d scores = w (d w - sum_d out d out);  d q, d k as of a product.
+    d v = w^T d out;  d w = d out v^T;  d scores = w (d w - sum_d out d out);  d q and d k are those of a product.
     """
     D, num, size = out.shape[1] // num_heads, last_head - first_head, _longest(contexts) + _longest(rows)
     work, slopes, most = _work(D, size), _slopes(D, size), _longest(contexts) + HIGH
@@ -73,7 +74,7 @@ def backward(
         key_grads[:], value_grads[:] = 0, 0
         for r in range(first_row[p], first_row[p + 1] + 1):
             start, m = contexts[p]
-            row, context = (start, m), (start, 0)  # last comes the context, when all rows have added to its gradient
+            row, context = (start, m), (start, 0)  # the context is last, when all rows have added to its gradient
             if r < first_row[p + 1]:
                 row, context = (rows[r, 0], rows[r, 1]), (start, m)
             for h in range(num):
@@ -86,25 +87,21 @@ def backward(
 
 def _work(D, size):
     longest = size + 2 * HIGH
-    return Work(
-        np.zeros((D, BLOCK), f32), np.empty((longest, BLOCK), f32), np.empty((2, BLOCK), f32), np.zeros((HIGH, D), f32),
-        np.empty((PAD, D), f32),
-    )  # fmt: skip
+    queries, weights, sums = np.zeros((D, BLOCK), f32), np.empty((longest, BLOCK), f32), np.empty((2, BLOCK), f32)
+    return Work(queries, weights, sums, np.zeros((HIGH, D), f32), np.empty((PAD, D), f32))
 
 
 def _slopes(D, size):
     longest = size + 2 * HIGH
-    return Slopes(
-        np.zeros((D, BLOCK), f32), np.zeros((D, BLOCK), f32), np.empty((longest, BLOCK), f32),
-        np.empty((longest, D), f32), np.empty((longest, D), f32),
-    )  # fmt: skip
+    grads, outs, weights = np.zeros((D, BLOCK), f32), np.zeros((D, BLOCK), f32), np.empty((longest, BLOCK), f32)
+    return Slopes(grads, outs, weights, np.empty((longest, D), f32), np.empty((longest, D), f32))
 
 
 def _attend(qkv, row, context, head, work, out, normalisers):
-    """Attend from a row's tokens to a context and to themselves; both are a first token and a number of tokens."""
+    """Attend from a row's tokens to its context and to themselves; both are (first token, number of tokens)."""
     C, D = out.shape[1], len(work.queries)
     (start, n), m, scale = row, context[1], f32(1) / np.sqrt(f32(D))
-    w, own = work.weights, _rounded(m, HIGH)  # where the row's own keys begin among the weights
+    w, own = work.weights, _rounded(m, HIGH)  # `own`: where the row's own keys begin among the weights
     for q0 in range(0, n, BLOCK):
         nq = min(BLOCK, n - q0)
         lanes = _rounded(nq, LANES)
@@ -122,7 +119,7 @@ def _attend(qkv, row, context, head, work, out, normalisers):
 
 
 def _pull(qkv, row, context, head, work, slopes, added, out, normalisers, grad, grad_qkv):
-    """Write a row's gradients; those of keys and values, its own and the context's, are added up in `added`."""
+    """Write a row's gradients; those of keys and values, its own and its context's, are added to `added`."""
     C, D = out.shape[1], len(work.queries)
     (start, n), m, scale = row, context[1], f32(1) / np.sqrt(f32(D))
     own, w, s = _rounded(m, HIGH), work.weights, slopes.weights
@@ -144,7 +141,7 @@ def _pull(qkv, row, context, head, work, slopes, added, out, normalisers, grad, 
                 pull[i] += slopes.outs[d, i] * slopes.grads[d, i]
         _differentiate(w, s, 0, m, lanes, scale, pull, normaliser)
         _differentiate(w, s, own, own + q0 + nq, lanes, scale, pull, normaliser)
-        for j in range(own + q0 + nq, own + _rounded(q0 + nq, HIGH)):  # keys of the next block, or nobody's
+        for j in range(own + q0 + nq, own + _rounded(q0 + nq, HIGH)):  # keys of the next block, or no keys
             w[j], s[j] = 0, 0
         token = start + q0
         _gather(w, 0, m, -1, grad, token, head * D, nq, context_values)
@@ -173,7 +170,7 @@ def _rounded(n, multiple):
 
 
 def _turn(x, start, column, n, y):
-    """Write n rows of x, D columns of them, into the first n lanes of y `[D, BLOCK]`; lanes behind are left alone."""
+    """Write D columns of n rows of x into the first n lanes of y `[D, BLOCK]`; the other lanes stay as they are."""
     D, row = len(y), x.shape[1]
     address, to = address_of(x) + 4 * (start * row + column), address_of(y)
     if n < LANES:
@@ -182,13 +179,13 @@ def _turn(x, start, column, n, y):
                 y[d, i] = x[start + i, column + d]
     else:
         for i in range(0, n, LANES):
-            i = min(i, n - LANES)  # the last overlap those before
+            i = min(i, n - LANES)  # the last lanes overlap with those before
             for d in range(0, D, LANES):
                 transpose(address + 4 * (i * row + d), row, to + 4 * (d * BLOCK + i), BLOCK)
 
 
 def _compare_all(x, row, context, column, q0, nq, queries, scores, few):
-    """Write the products of a block's queries with columns of x: of the context, then of the row up to it."""
+    """Write the products of a block's queries with columns of x: the context's, then the row's up to the block."""
     (start, m), lanes = context, _rounded(nq, LANES)
     _compare(x, start, column, m, -1, queries, scores, 0, lanes, few)
     _compare(x, row[0], column, q0 + nq, q0, queries, scores, _rounded(m, HIGH), lanes, few)
@@ -197,7 +194,7 @@ def _compare_all(x, row, context, column, q0, nq, queries, scores, few):
 def _compare(x, start, column, n, q0, queries, scores, at, lanes, few):
     """Write the products of n rows of x with the queries into `scores`, from row `at` on.
 
-    Row j is not wanted by queries before j - q0, and may be left out for them; q0 = -1 stands for rows that all want.
+    Queries before j - q0 do not attend to row j, whose products may be left out for them; with q0 = -1 all attend.
     """
     D, width = len(queries), x.shape[1]
     address, y = address_of(x) + 4 * (start * width + column), address_of(scores) + 4 * at * BLOCK
@@ -208,14 +205,14 @@ def _compare(x, start, column, n, q0, queries, scores, at, lanes, few):
         _strip(address_of(few), D, 1, address_of(queries), BLOCK, D, y, BLOCK, lanes, False)
     else:
         for j in range(0, n, HIGH):
-            j = min(j, n - HIGH)  # the last overlap those before: what is written is the same
+            j = min(j, n - HIGH)  # the last rows overlap with those before, and get the same values again
             i = 0 if q0 < 0 else max(0, j - q0) // LANES * LANES
             inputs, end = address_of(queries) + 4 * i, y + 4 * (j * BLOCK + i)
             _strip(address + 4 * j * width, width, 1, inputs, BLOCK, D, end, BLOCK, lanes - i, False)
 
 
 def _mix(x, row, context, column, q0, nq, w, mixed):
-    """Write for each query of a block the sum of x's columns, of its context and of the row up to it, weighed by w."""
+    """Write for each query of a block the w-weighted sum of x's columns over its context and the row up to it."""
     D, width, own = mixed.shape[1], x.shape[1], _rounded(context[1], HIGH)
     of_context = address_of(x) + 4 * (context[0] * width + column)
     of_row = address_of(x) + 4 * (row[0] * width + column)
@@ -226,9 +223,9 @@ def _mix(x, row, context, column, q0, nq, w, mixed):
 
 
 def _gather(w, at, n, q0, x, start, column, nq, y):
-    """Add to each of n keys the sum of x's columns over a block's queries, weighed by w's rows from `at` on.
+    """Add to each of n keys the sum of x's columns over a block's queries, weighted by w's rows from `at` on.
 
-    What is added behind n, up to a multiple of `HIGH`, means nothing. q0 is as in `_compare`.
+    Rows after the first n, up to a multiple of `HIGH`, get meaningless values. q0 is as in `_compare`.
     """
     D, width = y.shape[1], x.shape[1]
     for j in range(0, n, HIGH):
@@ -244,7 +241,10 @@ def _hide_future(scores, at, n):
 
 
 def _normalise(w, m, own, n, lanes, scale, sums):
-    """Turn m scores and, from row `own` on, n more into exp(scale (score - largest)); write scale largest and sums."""
+    """Turn m scores and, from row `own` on, n more into exp(scale (score - largest)).
+
+    Writes scale * largest and the sum over all keys, for each query, into `sums`.
+    """
     best, total = sums[0], sums[1]
     for i in range(lanes):
         best[i], total[i] = -np.inf, 0
@@ -262,16 +262,16 @@ def _normalise(w, m, own, n, lanes, scale, sums):
 
 
 def _differentiate(w, s, first, last, lanes, scale, pull, normaliser):
-    """Turn scores into weights and the weights' gradients into those of the scores before they were scaled."""
+    """Turn scores into weights, and the weights' gradients into those of the unscaled scores."""
     for j in range(first, last):
         for i in range(lanes):
             w[j, i] = exp(w[j, i] * scale - normaliser[i])
-            # what is hidden was not computed: it may be anything
+            # Gradients of hidden weights were not computed, and may be anything.
             s[j, i] = w[j, i] * (s[j, i] - pull[i]) * scale if w[j, i] != 0 else f32(0)
 
 
 def _strip(a, a_row, a_step, b, b_row, num, c, c_row, lanes, is_added):
-    """Compute `HIGH` rows of a product of two activations, all vectors of them (`rlft.cpu.kernels`)."""
+    """Compute `HIGH` rows of a product of two activations, in as wide vectors as possible (`rlft.cpu.kernels`)."""
     i = 0
     if HAS_32_REGISTERS:
         while lanes - i >= 4 * LANES:
@@ -286,4 +286,4 @@ def _strip(a, a_row, a_step, b, b_row, num, c, c_row, lanes, is_added):
 
 
 CALLS = (_work, _slopes, _attend, _pull, _longest, _rounded, _compare_all, _hide_future, _normalise, _differentiate)
-APART = (_strip, _turn, _compare, _mix, _gather)  # they copy, and call what says each operation
+APART = (_strip, _turn, _compare, _mix, _gather)  # they copy, and call kernels that define each operation

@@ -1,8 +1,9 @@
-"""Decoding for GPT-2 on the CPU, the whole loop compiled.
+"""Decoding of a GPT-2 on the CPU, with the whole loop compiled.
 
-A very small policy spends its time in torch on calls, not on arithmetic; a large one on products of a few rows with
-matrices that come from memory, which `rlft.cpu.kernels` does faster. numba is an optional dependency (the extra `fast`)
-and takes a while to import, so the first `decode` imports it, with `decode_state`, `decode_steps` and `decode_layers`.
+In torch a very small policy spends its time on calls rather than on arithmetic, and a large one on products of a few
+rows with matrices that come from memory, which `rlft.cpu.kernels` does faster. numba is an optional dependency (the
+extra `fast`) and slow to import, so the first `decode` imports it, with `decode_state`, `decode_steps` and
+`decode_layers`.
 
 A row's bits depend neither on the rows beside it nor on the number of threads.
 """
@@ -10,7 +11,7 @@ A row's bits depend neither on the rows beside it nor on the number of threads.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,16 +19,22 @@ from torch import Tensor, nn
 
 from rlft.cpu import compiled
 
-ALONE = 1_000_000  # parameters up to which threads decode rows of their own; above, all share each product
+ALONE = 1_000_000  # parameters up to which each thread decodes rows of its own; above, all threads share each product
 FEW = 32  # rows that a thread takes alone
+
+
+class Prefix(Protocol):
+    """The keys and values of P prompts."""
+
+    keys: list[Tensor]  # of each layer, [P, H, S, D]; what lies beyond a prompt's length is not read
+    values: list[Tensor]
+    lengths: Tensor  # [P] int64
 
 
 @torch.no_grad()
 def decode(
     policy: nn.Module,
-    prompt_keys: list[Tensor],
-    prompt_values: list[Tensor],
-    prompt_lengths: Tensor,
+    prefix: Prefix,
     first_hidden: Tensor,
     prompt_of_row: Tensor,
     room: Tensor,
@@ -40,24 +47,24 @@ def decode(
     """Continue B rows from their prompts' keys and values; a row ends at `eos_id`, `max_new` tokens, or its room.
 
     Arguments:
-        policy: a GPT-2, causal and of float32, whose parameters have their published names.
-        prompt_keys, prompt_values: each layer's of P prompts, [P, H, S, D]; what lies beyond a prompt's length is not
-            read. prompt_lengths: [P] int64.
-        first_hidden: [B, C] float32, after `ln_f`, that predicts each row's first token.
-        prompt_of_row: [B] int64; room: [B] int64, >= 1, new tokens that have a position.
-        draws: [B, max_new] float64 uniforms for the rule of `rlft.rollout.sampling.sample`; None takes the first of
+        policy: a GPT-2, causal and in float32, whose parameters have their published names.
+        prefix: the P prompts.
+        first_hidden: [B, C] float32, after `ln_f`; predicts each row's first token.
+        prompt_of_row: [B] int64, a row's prompt among the P.
+        room: [B] int64, at least 1: new tokens that have a position.
+        draws: [B, max_new] float64 uniforms for the rule of `rlft.rollout.sampling.choose`; None takes the first of
             the largest logits.
 
     Returns:
         ids [B, max_new] int64 and their logprobs [B, max_new] float32 at the temperature (0 after a row's end), token
-        counts [B] int64, and who drew the end token, [B] bool.
+        counts [B] int64, and whether a row drew the end token, [B] bool.
     """
     from rlft.cpu import decode_state, decode_steps
 
     num_rows, threads = len(first_hidden), torch.get_num_threads()
     ids, logprobs = torch.zeros(num_rows, max_new, dtype=torch.int64), torch.zeros(num_rows, max_new)
     counts, stopped = torch.zeros(num_rows, dtype=torch.int64), torch.zeros(num_rows, dtype=torch.bool)
-    lengths = prompt_lengths[prompt_of_row]
+    lengths = prefix.lengths[prompt_of_row]
     epsilon: Any = policy.get_submodule("ln_f").eps
     num_positions = len(policy.get_parameter("wpe.weight"))
     if bool((lengths + room.clamp(max=max_new) > num_positions).any()):  # compiled code checks no index
@@ -66,17 +73,13 @@ def decode(
         raise ValueError(f"draws must be [rows, max_new] = {list(ids.shape)}, got {list(draws.shape)}")
     draws = draws.contiguous() if draws is not None else torch.empty(num_rows, 0, dtype=torch.float64)
     rows = (lengths, prompt_of_row, room, draws, ids, logprobs, counts, stopped)
-    prompts, decode_rows = decode_state.prompts_of(prompt_keys, prompt_values), decode_steps.function()
-    settings = (
-        np.float32(epsilon), np.float32(temperature), -1 if eos_id is None else eos_id
-    )  # fmt: skip
-    matrices = decode_state.matrices_of(
-        policy, num_layers=len(prompt_keys)
-    )  # which must live on: the weights hold their addresses
+    prompts, decode_rows = decode_state.prompts_of(prefix.keys, prefix.values), decode_steps.function()
+    settings = (np.float32(epsilon), np.float32(temperature), -1 if eos_id is None else eos_id)
+    matrices = decode_state.matrices_of(policy, num_layers=len(prefix.keys))  # kept alive: `weights` has addresses only
     weights = decode_state.weights_of(policy, matrices)
 
     def state_of(these: slice, team: int) -> decode_state.State:
-        mine = [tensor[these].numpy() for tensor in rows]  # views: what is written is in the results
+        mine = [tensor[these].numpy() for tensor in rows]  # views: what is written to them is in the results
         return decode_state.state_of(weights, first_hidden[these], prompts, mine, team)
 
     if sum(p.numel() for p in policy.parameters()) <= ALONE:

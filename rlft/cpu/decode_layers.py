@@ -1,7 +1,7 @@
-"""The layers of a GPT-2, for one token of many rows, as numba compiles them. Importing this imports numba.
+"""The layers of a GPT-2 for one token of many rows, compiled by numba. Importing this imports numba.
 
-Rows are lanes: an activation is `[panels, features, width]`, a row's features one column of a panel, so that what is
-done to all rows is done to whole vectors.
+An activation is `[panels, features, width]`, and a row's features are one column of a panel: rows are the lanes of
+vectors, and operations on all rows work on whole vectors.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import numpy as np
 from rlft.cpu.compiled import exp, f32, sigmoid_2u
 from rlft.cpu.kernels import LANES, LONG, MIDDLE, ROWS, WIDE, address_of, four, long, middle, narrow, single, wide
 
-VECTOR = 16  # rows that are normalised together; a panel's width is a multiple of it
+VECTOR = 16  # rows that are normalised together; a panel's width is a multiple of this
 
 
 def linear(x, address, bias, y, n, thread, team, is_residual):
-    """Write this thread's outputs of a linear layer of n rows, or add them to y; return which these are."""
+    """Write this thread's outputs of a linear layer of n rows to y, or add them; return the range of these outputs."""
     blocks = len(bias) // ROWS
     first = blocks * thread // team * ROWS
     last = len(bias) if thread == team - 1 else blocks * (thread + 1) // team * ROWS
@@ -24,7 +24,7 @@ def linear(x, address, bias, y, n, thread, team, is_residual):
 
 
 def products(x, address, bias, y, n, first, last, is_residual):
-    """Write outputs first .. last - 1 of n rows; the weights are read once, for all panels."""
+    """Write outputs first .. last - 1 of n rows; each weight is read from memory once for all panels."""
     num_in, width = x.shape[1:]
     o = first
     while o < last:
@@ -55,7 +55,7 @@ def products(x, address, bias, y, n, first, last, is_residual):
 
 
 def lanes_of(n, panel, width):
-    """Return how many lanes of a panel are looked at: those of its rows, in whole vectors. The others' are unused."""
+    """Return how many lanes of a panel are in use: those of its rows, rounded up to whole vectors."""
     return min(width, -(-(n - panel * width) // VECTOR) * VECTOR)
 
 
@@ -63,7 +63,7 @@ def normalise(x, w, epsilon, y, first, last, sums):
     """Write the layer norms of vectors first .. last - 1 of rows into y; w is `[2, C]`, sums `[2, width]`."""
     (C, width), mean, scale = x.shape[1:], sums[0], sums[1]
     for panel in range(first * VECTOR // width, -(-last * VECTOR // width)):
-        # Unsigned, as numba would count negative ones from the end, which does not vectorise.
+        # Unsigned: numba counts negative indices from the end, and a check for them does not vectorise.
         start = np.uint64(max(0, first * VECTOR - panel * width))
         stop = np.uint64(min(width, last * VECTOR - panel * width))
         for lane in range(start, stop):
@@ -93,7 +93,7 @@ def gelu(x, n, first, last):
 
 
 def attend(w, s, layer, head, i, t, thread):
-    """Write a row's attention in one head into y: over its prompt, its tokens before, and its new one."""
+    """Write a row's attention in one head to y: over its prompt, its earlier tokens, and its new one."""
     r, width, (num_layers, num_heads, _, D, _) = s.rows[i], s.x.shape[2], s.own_keys.shape[1:]
     panel, lane, c, C = i // width, i % width, head * D, s.x.shape[1]
     length, scale, new = s.lengths[r], f32(1) / np.sqrt(f32(D)), s.inner[panel]
@@ -118,9 +118,9 @@ def attend(w, s, layer, head, i, t, thread):
 
 
 def _compare(w, query, keys, which, n, scores, at):
-    """Write products of a query with n keys into `scores`, from entry `at` on, and what comes up to a whole vector.
+    """Write products of a query with n keys to `scores`, from entry `at` on, and up to a whole vector of more.
 
-    keys is `[.., tiles, D, LANES]`; `which` counts the leading dimensions, as one.
+    keys is `[.., tiles, D, LANES]`; `which` is an index into the leading dimensions, flattened.
     """
     num_tiles, D = keys.shape[-3:-1]
     size, tile, tiles, start = D * LANES, 0, -(-n // LANES), which * num_tiles * D * LANES
@@ -135,7 +135,7 @@ def _compare(w, query, keys, which, n, scores, at):
 
 
 def _mix(w, scores, at, values, which, n, mixed, is_more):
-    """Write n values `[.., slots, size]` weighed by `scores[at:]` into `mixed`, or add them to it."""
+    """Write the sum of n values `[.., slots, size]`, weighted by `scores[at:]`, to `mixed`, or add it."""
     num_slots, size = values.shape[-2:]
     address, start, lane = address_of(scores) + 4 * at, which * num_slots * size, 0
     while lane < size:
@@ -148,7 +148,7 @@ def _mix(w, scores, at, values, which, n, mixed, is_more):
 
 
 def _sum(x, n):
-    """Return the sum of the first n, which four adders share."""
+    """Return the sum of the first n entries, in four partial sums."""
     a, b, c, d, rest = f32(0), f32(0), f32(0), f32(0), n - n % 4
     for i in range(0, rest, 4):
         a, b, c, d = a + x[i], b + x[i + 1], c + x[i + 2], d + x[i + 3]
@@ -158,7 +158,7 @@ def _sum(x, n):
 
 
 def _largest(x, n):
-    """Return the largest of the first n, by their bits in the order of integers: float maxima would not vectorise."""
+    """Return the largest of the first n entries by comparing their bits as integers: float maxima do not vectorise."""
     best, rest = np.int32(-0x80000000), np.int32(0x7FFFFFFF)
     for i in range(n):
         bits = f32(x[i]).view(np.int32)

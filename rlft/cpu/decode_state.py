@@ -1,4 +1,4 @@
-"""What the decode loop of `rlft.cpu.decode` reads and writes. Importing this imports numba."""
+"""The arrays that the decode loop of `rlft.cpu.decode` reads and writes. Importing this imports numba."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ assert VECTOR % LANES == 0 and BLOCK % ROWS == 0
 
 
 class Weights(NamedTuple):
-    """A policy's parameters, float32; layer norms are [.., 2, C], weight and bias. Matrices stay where they are."""
+    """A policy's parameters, float32. A layer norm is [2, C], weight and bias; of matrices it holds the addresses."""
 
     wte: np.ndarray  # [V, C]
     wpe: np.ndarray  # [N, C]
     matrices: np.ndarray  # [L, 4] int64 addresses: c_attn, its c_proj, c_fc, its c_proj
     head: int  # address
     ln_1: np.ndarray  # [L, 2, C]
-    c_attn: np.ndarray  # [L, 3 C], a bias, as the next three
+    c_attn: np.ndarray  # [L, 3 C], a bias, as is attn_proj, c_fc and mlp_proj
     attn_proj: np.ndarray  # [L, C]
     ln_2: np.ndarray  # [L, 2, C]
     c_fc: np.ndarray  # [L, 4 C]
@@ -35,19 +35,19 @@ class Weights(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a team of T threads reads and writes for R rows; what each row has comes as the caller gave it."""
+    """What a team of T threads reads and writes for R rows; from `lengths` on, these are the caller's arrays."""
 
-    sync: np.ndarray  # [24] int64: how many have come, how often all have met, whether to stop; a cache line each
-    num_open: np.ndarray  # [1] int64, rows that go on
-    rows: np.ndarray  # [R] int64, the first of them those that go on
+    sync: np.ndarray  # [24] int64: threads that have arrived, meetings so far, whether to stop; a cache line for each
+    num_open: np.ndarray  # [1] int64, the number of rows that go on
+    rows: np.ndarray  # [R] int64, the rows that go on come first
     x: np.ndarray  # [panels, C, width], the residual stream; width: rows in a panel
     y: np.ndarray  # [panels, C, width]
     inner: np.ndarray  # [panels, 4 C, width]
     logits: np.ndarray  # [panels, V, width]
     largest: np.ndarray  # [blocks, panels, width], of the logits in a block of the vocabulary
     mass: np.ndarray  # [blocks, panels, width] float64
-    top: np.ndarray  # [T, panels, width], the largest logits of all
-    sums: np.ndarray  # [T, 2, width], as the next three what one thread works with
+    top: np.ndarray  # [T, panels, width], each row's largest logit
+    sums: np.ndarray  # [T, 2, width], a thread's working memory, as are query, mixed and scores
     query: np.ndarray  # [T, D]
     mixed: np.ndarray  # [T, D in whole vectors]
     scores: np.ndarray  # [T, slots]
@@ -69,15 +69,13 @@ NAMES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_p
 
 
 def matrices_of(policy: nn.Module, *, num_layers: int) -> list[list[Tensor]]:
-    """Return each layer's matrices [out, in], and last the head, contiguous."""
-    of_layers = [[policy.get_parameter(f"h.{layer}.{name}") for name in NAMES] for layer in range(num_layers)]
-    return [
-        [matrix.contiguous() for matrix in matrices] for matrices in [*of_layers, [policy.get_parameter("wte.weight")]]
-    ]
+    """Return each layer's matrices [out, in] and, last, the head, all contiguous."""
+    names = [[f"h.{layer}.{name}" for name in NAMES] for layer in range(num_layers)]
+    return [[policy.get_parameter(name).contiguous() for name in some] for some in [*names, ["wte.weight"]]]
 
 
 def weights_of(policy: nn.Module, matrices: list[list[Tensor]]) -> Weights:
-    """`matrices` must live as long as what is returned, which holds their addresses."""
+    """Return a policy's weights; `matrices` must be kept as long, as the result holds only their addresses."""
     of_layers, head = matrices[:-1], matrices[-1][0]
 
     def one(name: str) -> np.ndarray:
@@ -89,13 +87,11 @@ def weights_of(policy: nn.Module, matrices: list[list[Tensor]]) -> Weights:
     def norms(name: str) -> np.ndarray:
         return np.stack([stacked(f"{name}.weight"), stacked(f"{name}.bias")], axis=1)
 
-    return Weights(
-        one("wte.weight"), one("wpe.weight"),
-        np.array([[matrix.data_ptr() for matrix in layer] for layer in of_layers]), head.data_ptr(),
-        norms("ln_1"), stacked("attn.c_attn.bias"), stacked("attn.c_proj.bias"),
-        norms("ln_2"), stacked("mlp.c_fc.bias"), stacked("mlp.c_proj.bias"),
-        np.stack([one("ln_f.weight"), one("ln_f.bias")]), np.zeros(len(head), dtype=np.float32),
-    )  # fmt: skip
+    addresses = np.array([[matrix.data_ptr() for matrix in layer] for layer in of_layers]), head.data_ptr()
+    attention = norms("ln_1"), stacked("attn.c_attn.bias"), stacked("attn.c_proj.bias")
+    mlp = norms("ln_2"), stacked("mlp.c_fc.bias"), stacked("mlp.c_proj.bias")
+    ln_f, zeros = np.stack([one("ln_f.weight"), one("ln_f.bias")]), np.zeros(len(head), dtype=np.float32)
+    return Weights(one("wte.weight"), one("wpe.weight"), *addresses, *attention, *mlp, ln_f, zeros)
 
 
 def _whole(number: int) -> int:
@@ -104,20 +100,11 @@ def _whole(number: int) -> int:
 
 
 def prompts_of(keys: list[Tensor], values: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Return keys and values of prompts as `State` has them."""
-    return _tiled(torch.stack(keys, dim=1)), _in_vectors(torch.stack(values, dim=1)).numpy()
-
-
-def _in_vectors(x: Tensor) -> Tensor:
-    """Fill the last dimension up with zeros to whole vectors."""
-    return F.pad(x, (0, _whole(x.shape[-1]) - x.shape[-1]))
-
-
-def _tiled(keys: Tensor) -> np.ndarray:
-    """Lay keys `[P, L, H, S, D]` out as products with them read them: `[P, L, H, tiles, D, LANES]`."""
-    P, L, H, S, D = keys.shape
-    padded = F.pad(keys, (0, 0, 0, -S % LANES))
-    return padded.view(P, L, H, -1, LANES, D).transpose(4, 5).contiguous().numpy()
+    """Return prompts' keys and values in the layout of `State`, keys in tiles as products with queries read them."""
+    stacked = torch.stack(keys, dim=1)
+    P, L, H, S, D = stacked.shape
+    tiles = F.pad(stacked, (0, 0, 0, -S % LANES)).view(P, L, H, -1, LANES, D).transpose(4, 5).contiguous()
+    return tiles.numpy(), F.pad(torch.stack(values, dim=1), (0, _whole(D) - D)).numpy()
 
 
 def state_of(
@@ -126,18 +113,18 @@ def state_of(
     (num_rows, C), (V, max_new) = first_hidden.shape, (len(weights.wte), rows[4].shape[1])
     width = min(WIDTH, _whole(num_rows))
     panels, blocks = -(-num_rows // width), -(-V // BLOCK)
-    padded = F.pad(first_hidden, (0, 0, 0, panels * width - num_rows))  # lanes without a row hold numbers too
+    padded = F.pad(first_hidden, (0, 0, 0, panels * width - num_rows))  # lanes without a row must hold numbers too
     y = padded.view(panels, width, C).transpose(1, 2).contiguous().numpy()
     num_layers, num_heads, _, D, lanes = prompts[0].shape[1:]
 
     def zeros(*size: int, dtype: Any = np.float32) -> np.ndarray:
         return np.zeros(size, dtype=dtype)
 
-    return State(
-        zeros(STOP + 8, dtype=np.int64), zeros(1, dtype=np.int64), np.arange(num_rows), zeros(panels, C, width), y,
-        zeros(panels, 4 * C, width), zeros(panels, V, width), zeros(blocks, panels, width),
-        zeros(blocks, panels, width, dtype=np.float64), zeros(team, panels, width), zeros(team, 2, width),
-        zeros(team, D), zeros(team, _whole(D)), zeros(team, prompts[1].shape[3] + max_new + lanes), *prompts,
-        np.empty((num_rows, num_layers, num_heads, -(-max_new // lanes), D, lanes), dtype=np.float32),
-        np.empty((num_rows, num_layers, num_heads, max_new, _whole(D)), dtype=np.float32), *rows,
-    )  # fmt: skip
+    shared = zeros(STOP + 8, dtype=np.int64), zeros(1, dtype=np.int64), np.arange(num_rows)
+    activations = zeros(panels, C, width), y, zeros(panels, 4 * C, width), zeros(panels, V, width)
+    of_blocks = zeros(blocks, panels, width), zeros(blocks, panels, width, dtype=np.float64)
+    scores = zeros(team, prompts[1].shape[3] + max_new + lanes)
+    of_threads = zeros(team, panels, width), zeros(team, 2, width), zeros(team, D), zeros(team, _whole(D)), scores
+    keys = np.empty((num_rows, num_layers, num_heads, -(-max_new // lanes), D, lanes), dtype=np.float32)
+    values = np.empty((num_rows, num_layers, num_heads, max_new, _whole(D)), dtype=np.float32)
+    return State(*shared, *activations, *of_blocks, *of_threads, *prompts, keys, values, *rows)

@@ -1,8 +1,9 @@
-"""The decode loop of `rlft.cpu.decode`, as numba compiles it. Importing this imports numba.
+"""The decode loop of `rlft.cpu.decode`, compiled by numba. Importing this imports numba.
 
-A team of threads shares each step out, and meets where one needs what another wrote. Every sum runs over one row's own
-numbers, in an order that their count alone decides: a row's bits depend neither on the rows beside it nor on the number
-of threads.
+A team of threads shares the work of each step and meets wherever one thread needs what another wrote. Every sum runs
+over one row's own numbers, in an order that depends on their count alone: a row's bits depend neither on the rows
+beside it nor on the number of threads. `_score`, `_weigh` and `_choose` are the rule of `rlft.rollout.sampling.choose`
+without filters.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from rlft.cpu.compiled import exp, f32
 from rlft.cpu.decode_layers import VECTOR, attend, gelu, lanes_of, linear, normalise, products
 from rlft.cpu.kernels import add_atomically, let_others_run, read_atomically
 
-BLOCK = 48  # tokens of the vocabulary whose mass is summed first; a multiple of `rlft.cpu.kernels.ROWS`
-MET, STOP = 8, 16  # entries of `sync`, beside 0
-PATIENCE = 4096  # looks at whether all have come, before others may run meanwhile
+BLOCK = 48  # tokens of the vocabulary whose probabilities are summed first; a multiple of `rlft.cpu.kernels.ROWS`
+MET, STOP = 8, 16  # entries of `sync` that are in use, besides entry 0
+PATIENCE = 4096  # how often a thread checks whether all have arrived, before it yields the processor
 
 
 def decode(w, s, epsilon, temperature, end, thread, team):
@@ -49,7 +50,7 @@ def decode(w, s, epsilon, temperature, end, thread, team):
             _meet(s.sync, team)
             linear(s.y, w.matrices[layer, 0], w.c_attn[layer], s.inner, n, thread, team, False)
             _meet(s.sync, team)
-            # Heads first, then rows: rows of one prompt come one after another, and its keys stay in a near cache.
+            # A head after the other, and in each all rows: a prompt's rows are adjacent, so its keys stay in cache.
             for item in range(num_heads * n * thread // team, num_heads * n * (thread + 1) // team):
                 attend(w, s, layer, item // n, item % n, t, thread)
             _meet(s.sync, team)
@@ -67,7 +68,7 @@ def decode(w, s, epsilon, temperature, end, thread, team):
 
 
 def _meet(sync, team):
-    """Wait until all threads of the team are here. `sync` counts who is, and the meetings."""
+    """Wait until all threads of the team are here. `sync` counts the threads that are, and the meetings."""
     if team > 1:
         meeting = read_atomically(sync, MET)
         if add_atomically(sync, 0, 1) == team - 1:
@@ -82,7 +83,7 @@ def _meet(sync, team):
 
 
 def _score(w, s, n, temperature, thread, team):
-    """Write this thread's blocks of the logits, over the temperature, and the largest of each block."""
+    """Write this thread's blocks of the logits, divided by the temperature, and the largest logit of each block."""
     V, width = s.logits.shape[1:]
     blocks = -(-V // BLOCK)
     for block in range(blocks * thread // team, blocks * (thread + 1) // team):
@@ -100,7 +101,7 @@ def _score(w, s, n, temperature, thread, team):
 
 
 def _weigh(s, n, thread, team):
-    """Write the largest logit of each row, and the mass of this thread's blocks: the sums of exp(logit - largest)."""
+    """Write each row's largest logit, and for this thread's blocks the mass, the sum of exp(logit - largest)."""
     (V, width), blocks = s.logits.shape[1:], len(s.mass)
     for panel in range(-(-n // width)):
         top, lanes = s.top[thread, panel], lanes_of(n, panel, width)
@@ -121,7 +122,7 @@ def _weigh(s, n, thread, team):
 
 
 def _choose(s, i, t, end, thread):
-    """Write the t-th token of the i-th row, and its log probability: the likeliest where there are no draws."""
+    """Write the t-th token of the i-th row and its logprob; without draws this is the likeliest token."""
     (V, width), r = s.logits.shape[1:], s.rows[i]
     panel, lane, block, token, last = i // width, i % width, 0, 0, len(s.mass) - 1
     logits, top, total = s.logits[panel], s.top[thread, panel, lane], 0.0
@@ -134,7 +135,7 @@ def _choose(s, i, t, end, thread):
         while token < V - 1 and logits[token, lane] < top:
             token += 1
     else:
-        # Rounding may leave the sum short of the target; then it is the last token that has a probability.
+        # If rounding leaves the sum below the target, the token is the last one with a probability above 0.
         target, before, cumulative = s.draws[r, t] * total, 0.0, 0.0
         for b in range(len(s.mass)):
             mass = s.mass[b, panel, lane]
@@ -171,6 +172,6 @@ def _embed(w, s, i, t):
 
 @cache
 def function() -> Callable[..., None]:
-    """Return `decode`, compiled. No sum may be reordered: its bits would depend on how many lanes there are."""
+    """Return `decode`, compiled without reordering of sums, which would make bits depend on the number of lanes."""
     calls = (_meet, _score, _weigh, _choose, _kept, _embed, *decode_layers.CALLS)
     return compiled.function(decode, compiled.options("contract", "nsz"), calls=calls, apart=(products,))

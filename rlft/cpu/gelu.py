@@ -1,9 +1,9 @@
-"""GPT-2's activation, tanh GELU, compiled for large float32 tensors on the CPU: torch's own waits for its tanh.
+"""GPT-2's activation, tanh GELU, compiled for large float32 tensors on the CPU, where torch's tanh is slow.
 
     gelu(x) = 0.5 x (1 + tanh(u)) = x s,  s = 1 / (1 + exp(-2 u)),  u = sqrt(2 / pi) (x + 0.044715 x^3)
 
-It and its gradient are a tenth of an update at 11 M parameters, and half of that compiled. numba is an optional
-dependency (the extra `fast`) and takes a while to import, so the first large tensor imports it.
+GELU and its gradient take a tenth of an update at 11 M parameters in torch, and half of that compiled. numba is an
+optional dependency (the extra `fast`) and slow to import, so the first large tensor imports it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from rlft.cpu import compiled
 from rlft.cpu.compiled import f32, sigmoid_2u
 
-MIN_SIZE = 2**18  # entries; below, calls cost what is saved
-CHUNK = 1024  # entries; threads share a tensor out in whole chunks, so that their number changes no bit
+MIN_SIZE = 2**18  # entries; below this the calls cost what they save
+CHUNK = 1024  # entries; each thread takes whole chunks, so that the number of threads changes no bit
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -54,14 +54,14 @@ def _in_threads(function: Any, *tensors: Tensor) -> None:
     size = len(arrays[0])
     part = -(-size // (torch.get_num_threads() * CHUNK)) * CHUNK
     parts = [slice(start, start + part) for start in range(0, size, part)]
-    if not function.signatures:  # here, where a signal can end it
+    if not function.signatures:  # compile in this thread, where a signal can interrupt it
         compiled.precompile(function, *arrays)
     compiled.in_threads([partial(function, *(array[these] for array in arrays)) for these in parts])
 
 
 @cache
 def _compiled() -> tuple[Any, Any]:
-    """Return `_forward` and `_backward`; infinities and NaNs keep their meaning."""
+    """Return `_forward` and `_backward`, compiled so that infinities and NaNs keep their meaning."""
     options = compiled.options("contract", "nsz", "arcp")
     return compiled.function(_forward, options), compiled.function(_backward, options)
 

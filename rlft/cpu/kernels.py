@@ -1,15 +1,15 @@
-"""What numba's Python cannot say, as LLVM code: a tile of a matrix product held in registers, and threads that meet.
+"""LLVM code for what numba cannot express: matrix products in registers, and threads that wait for each other.
 
-Importing this imports numba: only code that is about to be compiled does.
+Importing this imports numba, so only code that is about to be compiled imports this.
 
-A product of a few rows with a large matrix waits for the matrix, which comes from memory once. MKL and oneDNN then read
-9 GB/s on a machine that gives 24 to two threads that do nothing else. Here rows are the lanes of a vector, x
-`[in, lanes]`; each weight is read once, where it lies, and meets all rows; and where reading takes longer than
-arithmetic, a tile fetches the next one's weights. A sum has one accumulator and runs over the inputs in their order: a
-row's bits depend on nothing else.
+A product of a few rows with a large matrix is limited by reading the matrix from memory. MKL and oneDNN read 9 GB/s on
+a machine where two threads that only read reach 24. Here the rows are the lanes of vectors, x `[in, lanes]`. Each
+weight is read once, in place, and multiplied with all rows. Where reading takes longer than arithmetic, a tile
+prefetches the next tile's weights. Each sum has one accumulator and runs over the inputs in order: a row's bits depend
+on nothing else.
 
-Products of two activations, both in the processor's cache, are tiles of another kind: the one is read entry by entry,
-whichever way it lies, the other a vector at a time.
+Products of two activations, which are both in the processor's cache, have tiles of another kind: one factor is read
+entry by entry, in any layout, and the other a vector at a time.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from numba import types
 from numba.core import cgutils, codegen, config
 from numba.extending import intrinsic as _typed_intrinsic
 
-intrinsic: Any = _typed_intrinsic  # numba declares that what it makes takes a typing context, which callers do not give
+intrinsic: Any = _typed_intrinsic  # its type demands a typing context, which callers do not pass
 
-_settings: Any = config  # whose names numba makes while it runs
+_settings: Any = config  # numba defines its attributes at run time
 _FEATURES = codegen.get_host_cpu_features() if _settings.CPU_FEATURES is None else _settings.CPU_FEATURES
 HAS_32_REGISTERS = "+avx512f" in _FEATURES.split(",")
 LANES = 16 if HAS_32_REGISTERS else 8  # rows in a vector of floats
 ROWS = 12  # outputs that neighbouring tiles compute together
-# Vectors of rows, outputs: as many accumulators as there are registers for, beside what they are made from.
+# Tiles as (vectors of rows, outputs): as many accumulators as fit the registers, beside inputs and weights.
 WIDE, MIDDLE, NARROW = ((4, 6), (2, 12), (1, 12)) if HAS_32_REGISTERS else ((2, 6), (1, 12), (1, 12))
-LONG = 4  # vectors that a single output takes at once
+LONG = 4  # vectors that are computed together for a single output
 HIGH = 6  # rows that a product of two activations computes together
 
 _FLOAT, _INT, _INT32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
-_POINTER = ir.PointerType()  # LLVM's pointers do not say to what they point: whoever reads or counts entries says it
+_POINTER = ir.PointerType()  # LLVM's pointers are untyped: each load and each offset names the type
 
 
 def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[..., None]:
     """Return tile(x, x_at, num_in, width, apart, address, bias, y, y_at, first, is_residual), for compiled code.
 
-    For outputs n = first .. and vectors of rows it writes y[n, :] = bias[n] + sum_k w[n, k] x[k, :], y's old value
-    added where `is_residual`. x and y are float32 arrays that hold `[in, width]` from entry `x_at` on and
-    `[out, width]` from `y_at` on; the vectors of x are `apart` entries from each other, those of y follow each other. w
-    is float32 `[out, num_in]` at `address`.
+    For outputs n from `first` on and vectors of rows it writes y[n, :] = bias[n] + sum_k w[n, k] x[k, :], plus y's old
+    value where `is_residual`. x and y are float32 arrays with `[in, width]` from entry `x_at` on and `[out, width]`
+    from `y_at` on. The vectors of x are `apart` entries apart, those of y are adjacent. w is float32 `[out, num_in]` at
+    `address`.
     """
     num_vectors, num_outputs = shape
 
@@ -81,7 +81,7 @@ def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[.
 
             def step(k: Any, sums: list[Any], count: int) -> list[Any]:
                 sums = list(sums)
-                if fetches and count > 1:  # of the next tile's rows, which lie behind this one's
+                if fetches and count > 1:  # the next tile's weights, which follow this one's
                     for row in rows:
                         ahead = builder.add(builder.add(row, k), builder.mul(num_in, _INT(num_outputs)))
                         _fetch(builder, _entry(builder, weights, ahead))
@@ -114,9 +114,9 @@ def _tile(shape: tuple[int, int], *, unrolled: int, fetches: bool) -> Callable[.
 def _product(num_vectors: int) -> Callable[..., None]:
     """Return product(a, a_row, a_step, b, b_row, num, c, c_row, is_added), for compiled code.
 
-    For `HIGH` rows j it writes c[j, :] = sum_k a[j, k] b[k, :], of so many vectors, c's old value added where
-    `is_added`. a, b and c are addresses of float32 entries; a's lie `a_row` entries from row to row and `a_step` from k
-    to k, those of b and c follow each other in rows that lie `b_row` and `c_row` apart.
+    For `HIGH` rows j it writes `num_vectors` vectors of c[j, :] = sum_k a[j, k] b[k, :], plus c's old value where
+    `is_added`. a, b and c are addresses of float32 entries. Those of a are `a_row` entries apart from row to row and
+    `a_step` from k to k; those of b and c are adjacent, in rows that are `b_row` and `c_row` entries apart.
     """
 
     @intrinsic
@@ -204,17 +204,17 @@ def _splat(builder: Any, pointer: Any) -> Any:
 
 def _fetch(builder: Any, pointer: Any) -> None:
     fetch = _declared(builder, "llvm.prefetch.p0", ir.VoidType(), [_POINTER, _INT32, _INT32, _INT32])
-    builder.call(fetch, [pointer, _INT32(0), _INT32(2), _INT32(1)])  # to read, into the second cache, as data
+    builder.call(fetch, [pointer, _INT32(0), _INT32(2), _INT32(1)])  # for reading, into the L2 cache, as data
 
 
 def _declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 
-wide = _tile(WIDE, unrolled=4, fetches=False)  # there arithmetic takes longer than reading
+wide = _tile(WIDE, unrolled=4, fetches=False)  # with so many rows, arithmetic takes longer than reading
 middle = _tile(MIDDLE, unrolled=16, fetches=True)
 narrow = _tile(NARROW, unrolled=16, fetches=True)
-four = _tile((1, 4), unrolled=4, fetches=False)  # what is left of a matrix whose outputs are no multiple of ROWS
+four = _tile((1, 4), unrolled=4, fetches=False)  # for the last outputs, where they are no multiple of ROWS
 long = _tile((LONG, 1), unrolled=4, fetches=False)
 single = _tile((1, 1), unrolled=4, fetches=False)
 
@@ -223,14 +223,14 @@ quadruple, double, simple = _product(4), _product(2), _product(1)  # a quadruple
 
 @intrinsic
 def transpose(typing: Any, x, x_row, y, y_row):
-    """Write the transpose of `[LANES, LANES]` float32 entries at address `x` to address `y`; rows lie so far apart."""
+    """Write the transpose of `[LANES, LANES]` float32 entries at x to y; rows are x_row and y_row entries apart."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_row, y, y_row = arguments
         x, y = (builder.inttoptr(address, _POINTER) for address in (x, y))
         rows = [_load(builder, _entry(builder, x, builder.mul(x_row, _INT(i)))) for i in range(LANES)]
         bit = 1
-        while bit < LANES:  # swap this bit of a row's number and of a lane's
+        while bit < LANES:  # swap this bit of the row's number with that of the lane's
             lanes = ir.VectorType(_INT32, LANES)
             low = ir.Constant(lanes, [lane + (LANES - bit if lane & bit else 0) for lane in range(LANES)])
             high = ir.Constant(lanes, [lane + (LANES if lane & bit else bit) for lane in range(LANES)])
@@ -248,7 +248,7 @@ def transpose(typing: Any, x, x_row, y, y_row):
 
 @intrinsic
 def address_of(typing: Any, array):
-    """Return where an array's first entry is."""
+    """Return the address of an array's first entry."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return _address(context, builder, signature.args[0], arguments[0])
@@ -258,7 +258,7 @@ def address_of(typing: Any, array):
 
 @intrinsic
 def add_atomically(typing: Any, array, entry, value):
-    """Add to an entry of an int64 array and return what it was; what was written before is seen by who reads it so."""
+    """Add to an int64 entry and return its old value; a thread that reads it atomically sees all earlier writes."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, entry, value = arguments
@@ -270,7 +270,7 @@ def add_atomically(typing: Any, array, entry, value):
 
 @intrinsic
 def read_atomically(typing: Any, array, entry):
-    """Return an entry of an int64 array, as another thread may have left it just now."""
+    """Return an entry of an int64 array as other threads last wrote it."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, entry = arguments
@@ -282,7 +282,7 @@ def read_atomically(typing: Any, array, entry):
 
 @intrinsic
 def let_others_run(typing: Any):
-    """Offer the processor to another thread, where the system has a call for it."""
+    """Yield the processor to another thread, where the system has a call for that."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if hasattr(os, "sched_yield"):

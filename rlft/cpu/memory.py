@@ -1,8 +1,8 @@
-"""Memory as large matrix products want it: in huge pages, and kept by the process from one step to the next.
+"""Settings of glibc's allocator that make large tensors faster: huge pages, kept from one step to the next.
 
-A step allocates and frees the same large tensors again and again. glibc gives each back to the system, which clears
-new pages for the next one, in pieces of 4 KiB that the processor then looks up one by one. glibc reads these settings
-when a process starts, and so the process starts once more.
+A step allocates and frees the same large tensors again and again. By default glibc returns each one to the system,
+which clears new pages of 4 KiB for the next one, and the processor looks these up one by one. glibc reads its settings
+when a process starts, so the process has to start a second time.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import sys
 
 TUNABLES = {
     "glibc.malloc.hugetlb": 1,  # ask for transparent huge pages
-    "glibc.malloc.mmap_max": 0,  # large tensors come from the heap, which stays
-    "glibc.malloc.trim_threshold": 2**46,  # and never shrinks
+    "glibc.malloc.mmap_max": 0,  # take large tensors from the heap, which is kept
+    "glibc.malloc.trim_threshold": 2**46,  # never shrink the heap
 }
 VARIABLE = "GLIBC_TUNABLES"
 
 
 def restart_with_huge_pages() -> None:
-    """Start this process's command again under `TUNABLES`, once; whoever sets GLIBC_TUNABLES is left alone.
+    """Start this process's command once more under `TUNABLES`, unless GLIBC_TUNABLES is set already.
 
-    Does nothing where the C library is another one, or where another program runs this one as a part of itself. Call it
-    first: what the process has done so far is done again.
+    Does nothing with another C library, or where this is not the main program. Call it first: the process repeats
+    whatever it has done so far.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     is_command = (sys.argv[0] if spec is None else spec.name.removesuffix(".__main__")) in sys.orig_argv

@@ -1,1 +1,1 @@
-"""Data sets: sources of texts, and the prompts and blocks of tokens made of them."""
+"""Data sets: sources of texts, and the prompts, examples and blocks of tokens that are made from them."""

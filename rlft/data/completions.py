@@ -1,4 +1,4 @@
-"""Prompts with completions that are given: TRL's columns `prompt` and `completion`, as text and as ids."""
+"""Prompts with given completions: TRL's columns `prompt` and `completion`, as text and as ids."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from rlft.data.encode import Encoder, encode_texts
 from rlft.data.examples import Example, ExampleData, Unusable
 from rlft.data.kinds import Kind
 from rlft.data.prompts import Prompt, PromptData
+from rlft.data.records import check_messages, check_unicode
 from rlft.data.source import Row, Source
-from rlft.data.table import check_messages, check_unicode
 
 
 @dataclass(frozen=True)
 class _Plain:
-    """A completion that is still to be encoded, and what follows it."""
+    """A completion that is still to be encoded."""
 
     text: str
-    end: list[int]
+    end: list[int]  # ids that follow those of the text
 
 
 def truth(value: object) -> bool | None:
-    """Return what a column of JSON or CSV says: true or 1, false or 0; None for anything else."""
+    """Return a column's value as a bool: true, "true", 1 and "1" are True, their opposites False, all else None."""
     return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
 
 
 class CompletionData(ExampleData):
     """Prompts with one completion each, for supervised training on the completion.
 
-    A prompt that is a conversation goes through the tokenizer's chat template, as `PromptData` describes; its
-    completion is one message of the assistant, and becomes what the template writes for it, end mark included. Any
-    other completion is encoded by itself and ends with the end-of-text token, where the tokenizer has one. A column
-    `<completion's column>_ends` may say false of a completion that was cut short, and then no such token follows.
+    A prompt that is a conversation is rendered by the tokenizer's chat template, as `PromptData` describes. Its
+    completion is one message of the assistant, and becomes what the template writes for that message, with the end
+    mark. Any other completion is encoded by itself, and the end-of-text token follows if the tokenizer has one. It does
+    not follow a completion that was cut short, which a false in the column `<completion_column>_ends` says.
 
-    Arguments beside `ExampleData`'s: completion_column, the column that holds the completion.
+    Arguments in addition to `ExampleData`'s: completion_column, the column that holds the completion.
     """
 
     kind = Kind.COMPLETIONS
@@ -79,7 +79,7 @@ class CompletionData(ExampleData):
                 yield self.example(Example(prompt, ids))
 
     def example(self, example: Example) -> Example | Unusable:
-        """Return the example as a subclass wants it, or what is wrong with it."""
+        """Return the example, or why it cannot be used; for subclasses that check or change it."""
         return example
 
     def check_columns(self, row: Row) -> None:
@@ -92,7 +92,7 @@ class CompletionData(ExampleData):
                 )
 
     def _found(self, row: Row, prompt: Prompt) -> list[_Plain | list[int]] | Unusable:
-        """Return the row's completions as texts that are still to be encoded, or as ids; or what is wrong."""
+        """Return the row's completions, to be encoded or as ids already, or why the row cannot be used."""
         try:
             return [self._completion(row, prompt, column) for column in self.columns]
         except DataError as error:
@@ -116,7 +116,7 @@ class CompletionData(ExampleData):
                 )
             if self.tokenizer.hf.chat_template is not None:
                 return self._reply(row, prompt, messages)
-            text = messages[0]["content"]  # to one message of the user
+            text = messages[0]["content"]  # the prompt is a single message of the user
         ends = True if row.columns.get(f"{column}_ends") is None else truth(row.columns[f"{column}_ends"])
         if ends is None:
             raise DataError(f"{row.where}: '{column}_ends' is true or false, got {row.columns[f'{column}_ends']!r}")
@@ -126,12 +126,12 @@ class CompletionData(ExampleData):
         return plain
 
     def _reply(self, row: Row, prompt: Prompt, messages: tuple[dict[str, str], ...]) -> list[int]:
-        """Return the ids of what the chat template writes after the prompt."""
+        """Return the ids of what the chat template writes after the prompt for the assistant's message."""
         hf = self.tokenizer.hf
         for token in hf.all_special_tokens:
             if token in messages[0]["content"]:
                 raise DataError(f"{row.where}: a message holds the control token {token!r} as text: take it out")
-        from jinja2 import TemplateError  # here, as only conversations need it
+        from jinja2 import TemplateError  # only conversations need it
 
         try:
             whole = hf.apply_chat_template([*(row.messages or ()), *messages], tokenize=False)

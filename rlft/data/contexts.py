@@ -1,4 +1,4 @@
-"""Contexts from running text as prompts, with the tokens that really follow: for rewards that read the next token."""
+"""Prompts cut from running text, with the tokens that follow in it, for rewards that compare with the next token."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rlft.text.tokenizer import Tokenizer
 
 
 class Contexts:
-    """Prompts of at most `context` tokens cut from plain text, with the `horizon` tokens that follow as `target_ids`.
+    """Prompts of at most `context` tokens of plain text; their column `target_ids` holds the next `horizon` tokens.
 
-    Lengths are uniform between `min_context` and `context`, drawn for each prompt: with min_context=1 a policy learns
-    at every position of its context, and not at the last ones only.
-    They are cut from `TextData`'s blocks, so the prompts of a step are a function of (seed, step), and the validation
-    blocks of `text` measure the policy as a language model.
+    The length of each prompt is drawn uniformly between `min_context` and `context`. With min_context=1 a policy learns
+    at every position of its context, not only at the last ones. The prompts are cut from `TextData`'s blocks, so the
+    prompts of a step are a function of (seed, step), and the validation blocks of `text` measure the policy as a
+    language model.
 
     Args:
         source: where the texts come from.
         tokenizer: turns them into ids.
         context: the longest prompt, in tokens.
-        horizon: tokens of `target_ids`.
+        horizon: the number of `target_ids`.
         block_size: inputs of the block that a prompt is cut from, in tokens, at least context + horizon - 1.
         min_context: the shortest prompt, in tokens; None: `context`.
 
@@ -60,10 +60,8 @@ class Contexts:
         self._held_out: list[Prompt] | None = None
 
     def prompts(self, split: str) -> list[Prompt]:
-        """Return the contexts of the validation blocks; a training split has a new context at each step."""
-        if split != "validation":
-            return []
-        if not self.holds_out:
+        """Return the prompts of the validation blocks; there is no list for train, which is cut anew at each step."""
+        if split != "validation" or not self.holds_out:
             return []
         if self._held_out is None:
             self._held_out = self._cut(self.text.validation(), generator(0, "held-out context"))
@@ -75,7 +73,7 @@ class Contexts:
 
     @property
     def source(self) -> Source:
-        """Where the texts come from, as in `PromptData`."""
+        """Where the texts come from."""
         return self.text.source
 
     @property

@@ -1,4 +1,4 @@
-"""Texts to ids, many at once, with the place of a text that the tokenizer refuses."""
+"""Encodes many texts at once; an error names the place of the text that the tokenizer refuses."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from rlft.core.errors import DataError
-from rlft.data.progress import reported
+from rlft.data.progress_bar import reported
 from rlft.data.source import Row
 
-CHUNK = 1024  # texts at once: bounds the memory that lists of Python integers take
+CHUNK = 1024  # texts encoded at once; it bounds the memory that lists of Python integers take
 
 
 class Encoder(Protocol):
-    """What the data sets need of a tokenizer (`rlft.text.tokenizer.Tokenizer` has it)."""
+    """The part of `rlft.text.tokenizer.Tokenizer` that the data sets use."""
 
     vocab_size: int
     eos_id: int | None
@@ -33,12 +33,12 @@ class Encoder(Protocol):
 
 
 def tokenizer_key(tokenizer: Encoder) -> dict[str, Any]:
-    """Return what the ids of a text depend on (JSON values), for the key of what is kept."""
+    """Return what the ids of a text depend on (JSON values), for a cache key."""
     return {"tokenizer": tokenizer.fingerprint, "eos": tokenizer.eos_id}
 
 
 def chat_key(tokenizer: Encoder) -> Any:
-    """Return what the ids of a conversation depend on beside those of its text."""
+    """Return what the ids of a conversation depend on in addition (JSON values), for a cache key."""
     hf = tokenizer.hf
     return (
         None if hf.chat_template is None else [hf.chat_template, {k: str(v) for k, v in hf.special_tokens_map.items()}]
@@ -46,7 +46,7 @@ def chat_key(tokenizer: Encoder) -> Any:
 
 
 def in_chunks(rows: Sequence[Row], what: str) -> Iterator[tuple[int, list[Row]]]:
-    """Yield the rows, some at once, with the number of the first; a long list shows on stderr as `what`."""
+    """Yield (number of the chunk's first row, rows of the chunk); stderr shows the progress of `what`."""
     with reported(what, len(rows), unit="texts") as advance:
         for start in range(0, len(rows), CHUNK):
             chunk = list(rows[start : start + CHUNK])
@@ -55,7 +55,7 @@ def in_chunks(rows: Sequence[Row], what: str) -> Iterator[tuple[int, list[Row]]]
 
 
 def encode_texts(texts: Sequence[str], places: Sequence[str], *, tokenizer: Encoder) -> Iterator[list[int]]:
-    """Yield the ids of each text; a text that the tokenizer refuses raises `DataError` with its place."""
+    """Yield the ids of each text; raises `DataError` with the place of a text that the tokenizer refuses."""
     for start in range(0, len(texts), CHUNK):
         chunk = texts[start : start + CHUNK]
         try:

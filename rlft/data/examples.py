@@ -1,54 +1,53 @@
-"""Examples: a prompt with the completions or the label that are given with it, as ids; kept as arrays once made."""
+"""Examples: a prompt with its given completions (as ids) or its given label."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlft.core.cache_dir import key_of
-from rlft.core.errors import ConfigError, DataError, nearest
-from rlft.core.rng import order
-from rlft.data.encode import Encoder, chat_key, in_chunks, tokenizer_key
+from rlft.core.errors import ConfigError, DataError, check_choice
+from rlft.data.encode import Encoder, chat_key, in_chunks
 from rlft.data.kinds import Kind
-from rlft.data.prompts import Prompt, StoredPrompts, prompt_columns
-from rlft.data.source import Row, Source, check_split, holds_out
-from rlft.data.store import Lazy, Store, Writer, stored
+from rlft.data.prompts import Prompt, StoredPrompts
+from rlft.data.source import Row, Source
+from rlft.data.store import Lazy, Store, Writer
+from rlft.data.tokenised import TokenisedData
 
 ON_UNUSABLE = ("error", "skip")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its completions (ids, none empty) and its label, where it has them."""
+    """A prompt with its completions (ids, none of them empty) and its label, as far as it has them."""
 
     prompt: Prompt
     completions: tuple[list[int], ...] = ()
-    label: int = 0  # a class, or 1 for a desirable completion and 0 for another
-    is_cut: bool = False  # whether it was longer, and shortened as the data's settings ask
+    label: int = 0  # the index of a class; or 1 for a desirable completion and 0 for an undesirable one
+    is_cut: bool = False  # whether the text was truncated
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt with its longest completion."""
+        """Tokens of the prompt and its longest completion together."""
         return len(self.prompt.ids) + max(map(len, self.completions), default=0)
 
 
 @dataclass(frozen=True)
 class Unusable:
-    """A row of which no example can be made: the name that it is counted under, and what is wrong with it."""
+    """A row that no example can be made from."""
 
-    reason: str
-    message: str  # begins with the row's place
+    reason: str  # the name that it is counted under
+    message: str  # what is wrong; begins with the row's place
 
 
 class StoredExamples(Lazy[Example]):
-    """Examples in the store, each made when it is asked for, as `StoredPrompts`.
+    """Examples in the store; each is made when it is asked for, as by `StoredPrompts`.
 
     Attributes:
-        lengths: tokens of each prompt with its longest completion, int64 [N].
+        lengths: tokens of each prompt and its longest completion together, int64 [N].
         labels: int64 [N]. is_cut: uint8 [N].
     """
 
@@ -61,122 +60,81 @@ class StoredExamples(Lazy[Example]):
         return len(self.lengths)
 
     def item(self, index: int) -> Example:
-        ends = self.store.arrays["completions_until"]  # of this example's completions and all before it
+        ends = self.store.arrays["completions_until"]  # number of completions up to and with each example's
         numbers = range(ends[index - 1] if index else 0, ends[index])
         completions = tuple(self.store.row("completions", number).tolist() for number in numbers)
         return Example(self.prompts[index], completions, int(self.labels[index]), bool(self.is_cut[index]))
 
+    @staticmethod
+    def columns(writer: Writer) -> Callable[[int, Row, Example], None]:
+        """Return a function (row's number in the split, row, example) that writes the example into the store."""
+        prompt, completions = StoredPrompts.columns(writer), writer.ragged("completions", "int32")
+        ends, lengths = writer.column("completions_until", "int64"), writer.column("lengths", "int64")
+        labels, is_cut = writer.column("labels", "int64"), writer.column("is_cut", "uint8")
+        total = 0
 
-def example_columns(writer: Writer) -> Callable[[int, Row, Example], None]:
-    """Return what writes an example of a row, whose number in the split it is given, for `StoredExamples`."""
-    prompt, completions = prompt_columns(writer), writer.ragged("completions", "int32")
-    ends, lengths = writer.column("completions_until", "int64"), writer.column("lengths", "int64")
-    labels, is_cut = writer.column("labels", "int64"), writer.column("is_cut", "uint8")
-    total = 0
+        def write(number: int, row: Row, example: Example) -> None:
+            nonlocal total
+            total += len(example.completions)
+            prompt(number, row, example.prompt)
+            for ids in example.completions:
+                completions(ids)
+            ends.append(total)
+            lengths.append(example.num_tokens)
+            labels.append(example.label)
+            is_cut.append(example.is_cut)
 
-    def write(number: int, row: Row, example: Example) -> None:
-        nonlocal total
-        total += len(example.completions)
-        prompt(number, row, example.prompt)
-        for ids in example.completions:
-            completions(ids)
-        ends.append(total)
-        lengths.append(example.num_tokens)
-        labels.append(example.label)
-        is_cut.append(example.is_cut)
-
-    return write
+        return write
 
 
 def example_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """Return the number of tokens of each example, int64 [N], without making those that are in the store."""
+    """Return the number of tokens of each example, int64 [N]; examples in the store are not made for it."""
     if isinstance(examples, StoredExamples):
         return examples.lengths
     return np.array([example.num_tokens for example in examples], dtype=np.int64)
 
 
-class ExampleData(ABC):
-    """Examples split by split, tokenised at the first call.
+class ExampleData(TokenisedData[Example]):
+    """The examples of a source, split by split.
 
     Arguments:
-        max_tokens: the longest prompt with completion, in tokens; None: no limit but the model's context.
+        max_tokens: the most tokens of a prompt and a completion together; None: no limit but the model's context.
         on_unusable: a row that cannot be used (too long, no text, …) is an error with its file and line ("error"), or
             left out and counted under its reason ("skip").
     """
 
     kind: Kind
+    noun, stored_as = "example", StoredExamples
     reasons: tuple[str, ...] = ("too_long",)
 
     def __init__(self, source: Source, *, tokenizer: Encoder, max_tokens: int | None, on_unusable: str) -> None:
-        if on_unusable not in ON_UNUSABLE:
-            allowed, hint = ", ".join(ON_UNUSABLE), nearest(on_unusable, ON_UNUSABLE)
-            raise ConfigError(f"data.on_unusable is one of {allowed}, got {on_unusable!r}{hint}")
+        check_choice("data.on_unusable", on_unusable, ON_UNUSABLE)
         if max_tokens is not None and max_tokens < 2:
             raise ConfigError(f"data.max_tokens is at least 2, or null for no limit, got {max_tokens}")
-        self.source, self.tokenizer, self.max_tokens, self.on_unusable = source, tokenizer, max_tokens, on_unusable
-        self._made: dict[str, tuple[Sequence[Example], dict[str, int]]] = {}
+        super().__init__(source, tokenizer=tokenizer)
+        self.max_tokens, self.on_unusable = max_tokens, on_unusable
 
     @abstractmethod
     def read(self, rows: list[Row]) -> Iterator[Example | Unusable]:
-        """Yield an example for each row."""
+        """Yield an example for each row, or why there is none."""
 
     @abstractmethod
     def settings(self) -> list[Any]:
-        """Return what an example depends on beside its row, `max_tokens` and the tokenizer (JSON values)."""
+        """Return the subclass's own settings that an example depends on, for the cache key (JSON values)."""
 
     def check_columns(self, row: Row) -> None:
-        """Raise `DataError` for the first row of a split that lacks a column."""
+        """Raise `DataError` if this row, the first of a split, lacks a column."""
 
     def examples(self, split: str) -> Sequence[Example]:
-        """Return the examples of a split in the source's order, tokenised and kept as `PromptData.prompts` is."""
-        return self._make(split)[0]
+        """Return the examples of a split in the source's order."""
+        return self.items(split)
 
-    def batch(self, step: int, *, size: int, seed: int) -> list[Example]:
-        """Return the `size` training examples of a step: a function of its arguments only, each epoch a permutation."""
-        examples, left_out = self._make("train")
-        if not examples:
-            raise DataError(f"the train split has no example ({left_out}): give more rows")
-        return [examples[index] for index in order(len(examples), seed=seed, start=step * size, count=size)]
+    def key_parts(self) -> dict[str, Any]:
+        settings = [type(self).__name__, self.max_tokens, self.on_unusable, *self.settings()]
+        return {"settings": settings, "chat": chat_key(self.tokenizer)}
 
-    @property
-    def holds_out(self) -> bool:
-        """Whether the source was asked for a validation split."""
-        return holds_out(self.source)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The source's counts; examples for training and validation; and rows left out of them, by reason."""
-        counts = dict(self.source.counts)
-        for split in ("train", "validation"):
-            examples, left_out = self._make(split)
-            counts[f"{split}_examples"] = len(examples)
-            for reason, number in left_out.items():
-                counts[reason] = counts.get(reason, 0) + number
-        return counts
-
-    def _make(self, split: str) -> tuple[Sequence[Example], dict[str, int]]:
-        if check_split(split) not in self._made:
-            source = key_of(self.source, made_by=self)
-            if source is None:
-                left_out = dict.fromkeys(self.reasons, 0)
-                self._made[split] = [example for _, _, example in self._usable(split, left_out)], left_out
-            else:
-                settings = [type(self).__name__, self.max_tokens, self.on_unusable, *self.settings()]
-                key = {"source": source, "split": split, "settings": settings, "chat": chat_key(self.tokenizer)}
-                key |= tokenizer_key(self.tokenizer)
-                store = stored("examples", key, lambda writer: self._write(writer, split))
-                self._made[split] = StoredExamples(store, lambda: self.source.rows(split)), store.meta["counts"]
-        return self._made[split]
-
-    def _write(self, writer: Writer, split: str) -> dict[str, Any]:
-        left_out = dict.fromkeys(self.reasons, 0)
-        write = example_columns(writer)
-        for number, row, example in self._usable(split, left_out):
-            write(number, row, example)
-        return {"counts": left_out}
-
-    def _usable(self, split: str, left_out: dict[str, int]) -> Iterator[tuple[int, Row, Example]]:
-        """Yield each example with its row and the row's number in the split; count in `left_out` what is left out."""
+    def make(self, split: str, left_out: dict[str, int]) -> Iterator[tuple[int, Row, Example]]:
+        left_out |= dict.fromkeys(self.reasons, 0)
         for start, rows in in_chunks(self.source.rows(split), "tokenising examples"):
             if start == 0:
                 self.check_columns(rows[0])

@@ -1,31 +1,30 @@
-"""A user's own data: a text file, JSON lines, CSV, Parquet, or any data set that `datasets` can load."""
+"""Sources for a user's own data: text files, JSON lines, CSV, Parquet, or any data set that `datasets` can load."""
 
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlft.core.errors import ConfigError, DataError, nearest
-from rlft.data.rows import StoredFiles
+from rlft.core.errors import ConfigError, DataError, check_choice, nearest
+from rlft.data.records import Paths, RecordSource, found_files, given_inputs
 from rlft.data.source import Row, check_fractions
-from rlft.data.table import Paths, Table, found_files, given_inputs
+from rlft.data.stored_source import StoredFiles
 
 DOCUMENTS = ("paragraphs", "lines")
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
-BATCH_ROWS = 1024  # of a Parquet file, in memory at once
+BATCH_ROWS = 1024  # rows of a Parquet file in memory at once
 
 
 class TextFile(StoredFiles):
-    """UTF-8 text files whose documents are lines, or paragraphs (separated by blank lines).
+    """UTF-8 text files; each line, or each paragraph (separated by blank lines), is one text.
 
     Args:
-        path: the files, as `Table` describes, each document split by its hash; or a mapping of splits to files.
-        documents: "paragraphs" or "lines"; blank ones are no documents.
-        validation, test: fractions of the documents, where the files are not split.
+        path: the files, as for `RecordSource`.
+        documents: "paragraphs" or "lines"; blank ones are left out.
+        validation, test: fractions of the texts, if `path` does not name the files of each split.
     """
 
     columns = ()
@@ -38,9 +37,7 @@ class TextFile(StoredFiles):
         validation: float = 0.05,
         test: float = 0.05,
     ) -> None:
-        if documents not in DOCUMENTS:
-            allowed = ", ".join(DOCUMENTS)
-            raise ConfigError(f"documents is one of {allowed}, got {documents!r}{nearest(documents, DOCUMENTS)}")
+        check_choice("data.source.documents", documents, DOCUMENTS)
         check_fractions(validation, test)
         self.inputs = {split: found_files(names) for split, names in given_inputs(path).items()}
         self.is_split = isinstance(path, dict)
@@ -62,8 +59,8 @@ class TextFile(StoredFiles):
                 yield Row("\n".join(held), {}, place)
 
 
-class Jsonl(Table):
-    """JSON lines, UTF-8: one object a line; blank lines are no rows. Arguments as for `Table`."""
+class Jsonl(RecordSource):
+    """JSON lines, UTF-8: one object a line; blank lines are skipped. Arguments as for `RecordSource`."""
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield the object of each line."""
@@ -72,10 +69,10 @@ class Jsonl(Table):
                 yield where, _json(line, where)
 
 
-class Csv(Table):
-    """Values between separators, with a header line, UTF-8; every value is a string.
+class Csv(RecordSource):
+    """Values between delimiters, with a header line, UTF-8; every value is a string.
 
-    Arguments beside `Table`'s: delimiter, what separates the values: a character, or comma, semicolon, tab or pipe.
+    Arguments in addition to `RecordSource`'s: delimiter, a character, or one of the words comma, semicolon, tab, pipe.
     """
 
     def __init__(
@@ -99,7 +96,7 @@ class Csv(Table):
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield the values of each row by the names of the header."""
         lines = (_decode(line, where) for where, line in self.lines(Path(path)))
-        csv.field_size_limit(2**31 - 1)  # of a field; by default texts above 131,072 characters are refused
+        csv.field_size_limit(2**31 - 1)  # by default, fields of more than 131,072 characters are refused
         reader = csv.reader(lines, strict=True, delimiter=self.delimiter)
         header = _next(reader, path)
         if header is None:
@@ -117,7 +114,7 @@ class Csv(Table):
                 yield where, DataError(f"{where}: {len(values)} values for the {len(header)} columns of the header")
 
     def _check_delimiter(self, header: list[str], path: str) -> None:
-        """Raise `DataError` for a header that another separator seems to cut, and this one does not."""
+        """Raise `DataError` if the header seems to be written with another delimiter."""
         if self.prompt_column in header:
             return
         for name, delimiter in DELIMITERS.items():
@@ -129,46 +126,40 @@ class Csv(Table):
                 )
 
 
-class Parquet(Table):
-    """Parquet; a row's place is its number, from 1. Arguments as for `Table`. Needs the extra `data`."""
+class Parquet(RecordSource):
+    """Parquet files. A row's place is its number, from 1. Arguments as for `RecordSource`. Needs the extra `data`."""
 
-    def __init__(
-        self,
-        path: Paths,
-        *,
-        prompt_column: str = "prompt",
-        on_bad_row: str = "error",
-        validation: float = 0.05,
-        test: float = 0.05,
-    ) -> None:
-        super().__init__(path, prompt_column=prompt_column, on_bad_row=on_bad_row, validation=validation, test=test)
-        self._pyarrow, self._parquet = _extra("pyarrow"), _extra("pyarrow.parquet")
+    needs = "pyarrow"
 
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
         """Yield each row of the file."""
+        from pyarrow import ArrowException, parquet
+
         number = 0
         try:
-            file = self._parquet.ParquetFile(path)
+            file = parquet.ParquetFile(path)
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 self._advance(self.input_bytes(path) * batch.num_rows // file.metadata.num_rows)
-                for number, record in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  it goes on counting
+                for number, record in enumerate(batch.to_pylist(), number + 1):  # noqa: B020  counts across batches
                     yield f"{path}:{number}", record
-        except (self._pyarrow.ArrowException, OSError) as error:
+        except (ArrowException, OSError) as error:
             raise DataError(f"{path}: not a Parquet file that can be read: {error}") from error
 
 
-class HuggingFaceData(Table):
+class HuggingFaceData(RecordSource):
     """A data set of the Hugging Face hub, or a local directory of one. Needs the extra `data`.
 
     Args:
         path: a hub name, a directory of data files, or one written by `save_to_disk`.
         name: the configuration, where the data set has several.
-        split: the data set's split to read, which is split further by a hash of the text; or a mapping such as
-            `{train: train, validation: test}` of our splits to the data set's own.
-        prompt_column, on_bad_row, validation, test: as for `Table`.
+        split: the split of the data set that is read, and then split by a hash of the text; or a mapping from our
+            splits to the data set's own, such as `{train: train, validation: test}`.
+        prompt_column, on_bad_row, validation, test: as for `RecordSource`.
 
     A row's place is its number in the data set's split, from 1.
     """
+
+    needs = "datasets"
 
     def __init__(
         self,
@@ -183,15 +174,14 @@ class HuggingFaceData(Table):
     ) -> None:
         super().__init__(split, prompt_column=prompt_column, on_bad_row=on_bad_row, validation=validation, test=test)
         self.path, self.name = path, name
-        self._datasets = _extra("datasets")
         self._loaded: dict[str, Any] = {}
 
     def expanded(self, names: list[str]) -> list[str]:
-        """Accept any name of a split: the data set knows which there are."""
+        """Return the names of splits as they are; the data set itself refuses an unknown one when it is loaded."""
         return names
 
     def input_key(self, name: str) -> Any:
-        """Return the fingerprint by which `datasets` itself knows the split: of its files and what was done to them."""
+        """Return the fingerprint that `datasets` computes from the split's files and from what was done to them."""
         return self._load(name)._fingerprint
 
     def input_bytes(self, name: str) -> int:
@@ -210,30 +200,22 @@ class HuggingFaceData(Table):
         return self._loaded[split]
 
     def _loaded_from_disk(self, split: str) -> Any:
+        import datasets
+
         directory = Path(self.path).expanduser()
         try:
             if (directory / "dataset_dict.json").is_file():
-                return self._datasets.load_from_disk(str(directory))[split]
+                return datasets.load_from_disk(str(directory))[split]
             if (directory / "state.json").is_file():
-                return self._datasets.load_from_disk(str(directory))
+                return datasets.load_from_disk(str(directory))
             name = str(directory) if directory.is_dir() else self.path
-            return self._datasets.load_dataset(name, self.name, split=split)
-        except (OSError, ValueError, KeyError, self._datasets.exceptions.DatasetsError) as error:
+            return datasets.load_dataset(name, self.name, split=split)
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             raise DataError(
                 f"data.source.path={self.path} (name={self.name}, split={split}) cannot be loaded: "
                 f"{type(error).__name__}: {error}; without network give a local directory, or a file with "
                 f"data/source=jsonl, csv or parquet"
             ) from error
-
-
-def _extra(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"this data set needs the package {module.partition('.')[0]}, which is not installed: "
-            f"pip install 'rlft[data]'"
-        ) from error
 
 
 def _decode(data: bytes, where: str) -> str:
@@ -244,7 +226,7 @@ def _decode(data: bytes, where: str) -> str:
 
 
 def _json(data: bytes, where: str) -> Any:
-    """Return the object, or a `DataError` in its place."""
+    """Return the object, or a `DataError` (not raised) if it cannot be read."""
     try:
         return json.loads(_decode(data, where))
     except DataError as error:

@@ -1,7 +1,7 @@
-"""What goes together: the kinds of data sets that an algorithm reads, and the columns of a source that a set reads.
+"""Checks that algorithm, data set and source fit together, by their classes alone, before anything is loaded.
 
-An algorithm's class names the kinds that it reads (`reads`), a data set's its own (`kind`). A source whose columns are
-always the same names them (`columns`).
+The class of an algorithm names the kinds of data sets that it reads (`reads`), and the class of a data set its own kind
+(`kind`). The class of a source names its columns (`columns`) if they are always the same.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from rlft.core.errors import ConfigError
 
-TABLES = ("csv", "huggingface", "jsonl", "parquet")  # the choices of `data/source=` whose columns are the user's
+TABLES = ("csv", "huggingface", "jsonl", "parquet")  # choices of `data/source=` with a user's own columns
 
 
 class Kind(Enum):
-    """What a data set holds, in words, and the choices of `data=` that give it."""
+    """What a data set holds, in words, and the choices of `data=` that hold it."""
 
     PROMPTS = "prompts", "reviews", "shakespeare", "prompts"
     CONTEXTS = "contexts with the tokens that follow", "contexts"
@@ -30,10 +30,7 @@ class Kind(Enum):
 
 
 def check_kind(algorithm: Any, data: Any) -> None:
-    """Raise `ConfigError` where a data set's class is of no kind that an algorithm's class reads.
-
-    It needs the classes only, so that it can be asked before anything is loaded.
-    """
+    """Raise `ConfigError` if the class of an algorithm does not read the kind of data of a data set's class."""
     reads: tuple[Kind, ...] = algorithm.reads
     kind: Kind | None = getattr(data, "kind", None)
     if kind in reads:
@@ -44,7 +41,7 @@ def check_kind(algorithm: Any, data: Any) -> None:
 
 
 def check_columns(settings: dict[str, Any], source: Any) -> None:
-    """Raise `ConfigError` where a setting of a data set names a column that its source's class never has."""
+    """Raise `ConfigError` if a setting of a data set names a column that the class of its source never has."""
     columns = getattr(source, "columns", None)
     for key, column in settings.items():
         if isinstance(columns, tuple) and key.endswith("_column") and column not in columns:

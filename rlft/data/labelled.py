@@ -1,4 +1,4 @@
-"""Labels: texts with a class, for classification, and completions with a judgement, for KTO (TRL's `label`)."""
+"""Labelled data: texts with a class, for classifiers, and completions marked desirable or not, for KTO."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from rlft.data.store import stored
 class LabelledData(ExampleData):
     """Texts with a class. An example's prompt is the text with the end-of-text token, its label the index of the class.
 
-    The classes are the labels of the training split: whole numbers by size, then other names by the alphabet.
+    The classes are the labels of the training split: first whole numbers in order of size, then other names in
+    alphabetical order.
 
-    Arguments beside `ExampleData`'s:
-        label_column: the column that holds the label, a string, a whole number or a bool.
-        truncate: whether a text longer than max_tokens is cut to its first tokens, and counted, instead of refused.
+    Arguments in addition to `ExampleData`'s:
+        label_column: the column that holds the label: a string, a whole number or a bool.
+        truncate: if true, a text of more than max_tokens is cut to its first tokens and counted; if false, it is
+            unusable.
     """
 
     kind = Kind.LABELLED
@@ -51,7 +53,7 @@ class LabelledData(ExampleData):
 
     @cached_property
     def classes(self) -> list[str]:
-        """The classes' names, by their index."""
+        """The names of the classes; a name's index is the label."""
         source = key_of(self.source)
         if source is None:
             return self._classes()
@@ -73,7 +75,7 @@ class LabelledData(ExampleData):
 
     @property
     def counts(self) -> dict[str, int]:
-        """As for `ExampleData`, with the number of texts that were cut."""
+        """As for `ExampleData`, and the number of truncated texts."""
         held = [self.examples(split) for split in ("train", "validation")]
         return super().counts | {"truncated": sum(map(_num_cut, held))}
 
@@ -108,9 +110,9 @@ class LabelledData(ExampleData):
 
 
 class UnpairedData(CompletionData):
-    """Prompts with a completion that is desirable (label true or 1) or not (false or 0), for KTO.
+    """Prompts with a completion that is desirable (label true or 1) or not (false or 0), for KTO; TRL's column `label`.
 
-    Arguments: as for `CompletionData`, and label_column, the column that holds the label.
+    Arguments in addition to `CompletionData`'s: label_column, the column that holds the label.
     """
 
     kind = Kind.UNPAIRED
@@ -126,11 +128,8 @@ class UnpairedData(CompletionData):
         max_tokens: int | None = None,
         on_unusable: str = "error",
     ) -> None:
-        super().__init__(
-            source, tokenizer=tokenizer, completion_column=completion_column, max_tokens=max_tokens,
-            on_unusable=on_unusable,
-        )  # fmt: skip
-        self.label_column = label_column
+        super().__init__(source, tokenizer=tokenizer, max_tokens=max_tokens, on_unusable=on_unusable)
+        self.columns, self.label_column = (completion_column,), label_column
 
     def settings(self) -> list[Any]:
         return [*super().settings(), self.label_column]

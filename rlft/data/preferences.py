@@ -13,17 +13,17 @@ from rlft.data.examples import Example, Unusable
 from rlft.data.kinds import Kind
 from rlft.data.source import Source
 
-MARGIN = "margin"  # TRL's name of the column that says by how much the chosen completion is better
+MARGIN = "margin"  # TRL's name for the column that says by how much the chosen completion is better
 
 
 class PreferenceData(CompletionData):
-    """Pairs; the completions of an example are (chosen, rejected).
+    """Pairs of completions; an example's completions are (chosen, rejected).
 
-    Without a prompt column the prompt is what both texts share (`rlft/data/table.py`). Texts and conversations become
-    ids as in `CompletionData`. A pair of equal completions says nothing and is refused or skipped like other rows that
-    cannot be used. The split is by a hash of the prompt, so no prompt is in two splits.
+    If there is no prompt column, the prompt is the beginning that both texts share (`rlft/data/records.py`). Texts and
+    conversations become ids as in `CompletionData`. A pair of equal completions cannot be used. The split is chosen by
+    a hash of the prompt, so no prompt is in two splits.
 
-    Arguments: as for `CompletionData`, with the columns of both completions.
+    Arguments as for `CompletionData`, but with a column for each of the two completions.
     """
 
     kind = Kind.PREFERENCES
@@ -52,8 +52,8 @@ class PreferenceData(CompletionData):
 def has_margins(data: PreferenceData) -> bool:
     """Return whether the pairs of the training and the validation split have margins.
 
-    Raises `DataError` for a margin that is not a finite number, one that is missing among them. All rows of a source
-    have the same columns, so that pairs without margins are not read for it.
+    Raises `DataError` if only some pairs have a margin, or if one is not a finite number. All rows of a split have the
+    same columns, so the first row shows whether there are margins to read.
     """
     splits = [data.examples(split) for split in ("train", "validation")]
     if not any(MARGIN in split[0].prompt.columns for split in splits if split):
@@ -66,9 +66,9 @@ def has_margins(data: PreferenceData) -> bool:
 
 
 def margins(examples: list[Example]) -> list[float] | None:
-    """Return the pairs' margins where the data has a column `margin`, else None.
+    """Return the pairs' margins, or None if no pair has one.
 
-    Raises `DataError` for a margin that is not a finite number, one that is missing among them.
+    Raises `DataError` if only some pairs have a margin, or if one is not a finite number.
     """
     values = [example.prompt.columns.get(MARGIN) for example in examples]
     if all(value is None for value in values):

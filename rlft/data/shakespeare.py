@@ -7,13 +7,12 @@ import re
 import urllib.error
 import urllib.request
 from bisect import bisect_left
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 from rlft.core.cache_dir import atomic_path, cache_dir
-from rlft.core.errors import ConfigError, DataError, nearest
-from rlft.data.source import SPLITS, Row, check_fractions, check_split, given_splits
+from rlft.core.errors import DataError, check_choice
+from rlft.data.source import SPLITS, Row, SplitSource, check_fractions, given_splits
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -21,16 +20,16 @@ DOCUMENTS = ("whole", "speeches")
 TIMEOUT_SECONDS = 30
 
 
-class Shakespeare:
+class Shakespeare(SplitSource):
     """The corpus, split by position: the first part is train, then validation, then test.
 
-    nanoGPT keeps the first 90 % for training and calls the rest validation; here its last half is the test split, so
-    that training sees the same text. The split is not by hash because neighbouring speeches belong together.
+    nanoGPT trains on the first 90 % and validates on the rest. Here the training split is the same, and the second half
+    of the rest is the test split. The split is not by hash, because neighbouring speeches belong together.
 
     Args:
-        path: the file, where it is already at hand. None: downloaded once into the cache directory.
-        documents: "whole", each split is one text (for language-model training), or "speeches", each speech with its
-            speaker's name is one (for prompts); a speech belongs to the split that it begins in, and one that occurs
+        path: the file. None: it is downloaded once into the cache directory.
+        documents: "whole" makes each split one text (for language-model training); "speeches" makes each speech a text,
+            with its speaker's name (for prompts). A speech belongs to the split that it begins in. A speech that occurs
             again, or in a later split as well, is left out and counted.
         validation, test: fractions of the characters.
 
@@ -44,29 +43,12 @@ class Shakespeare:
     def __init__(
         self, *, path: str | None = None, documents: str = "whole", validation: float = 0.05, test: float = 0.05
     ) -> None:
-        if documents not in DOCUMENTS:
-            allowed = ", ".join(DOCUMENTS)
-            raise ConfigError(f"documents is one of {allowed}, got {documents!r}{nearest(documents, DOCUMENTS)}")
+        check_choice("data.source.documents", documents, DOCUMENTS)
         check_fractions(validation, test)
         self.path = None if path is None else Path(path).expanduser()
         self.documents, self.validation, self.test = documents, validation, test
 
-    def rows(self, split: str) -> list[Row]:
-        """Return the texts of a split, in the order of the corpus."""
-        return self._read[0][check_split(split)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Texts in all, those left out, and the size of each split, in texts."""
-        return dict(self._read[1])
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether a validation split was asked for."""
-        return self.validation > 0
-
-    @cached_property
-    def _read(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    def read_all(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
         path = _downloaded() if self.path is None else self.path
         text = _checked(path).decode()
         bounds = [int(len(text) * (1 - self.validation - self.test)), int(len(text) * (1 - self.test))]
@@ -82,7 +64,7 @@ class Shakespeare:
 
 
 def _cut(text: str, bounds: list[int], documents: str) -> list[tuple[int, int]]:
-    """Return where each document starts and ends."""
+    """Return the start and the end of each document, in characters."""
     if documents == "whole":
         edges = [0, *bounds, len(text)]
         return [(start, end) for start, end in pairwise(edges) if start < end]
@@ -110,7 +92,7 @@ def _check_hash(data: bytes, name: str) -> None:
 
 
 def _downloaded() -> Path:
-    """Return the file in the cache directory, downloaded if it is not there."""
+    """Return the path of the file in the cache directory; it is downloaded if it is not there."""
     path = cache_dir() / "tinyshakespeare.txt"
     if path.is_file():
         return path

@@ -1,21 +1,23 @@
-"""What a data set is made of: rows of text, each in exactly one of three splits.
+"""Sources: rows of text, each in exactly one of three splits.
 
-The split of a text is a function of the text alone (a hash), so it depends neither on the order of the rows nor on
-what else the file holds: a text added later moves no other text from train to test. The hash is of the text with each
-run of white space as one space, so that texts which differ in white space alone are never in two splits; they are
-duplicates only where they are equal.
+The split of a text is a function of the text alone (a hash). It depends neither on the order of the rows nor on what
+else the file holds, so a text that is added later moves no other text from train to test. The hash is of the text with
+each run of white space replaced by one space: texts that differ only in white space are always in the same split. They
+count as duplicates only if they are equal.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from rlft.core.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, check_choice
 
 SPLITS = ("train", "validation", "test")
 HASH_BYTES = 32  # of SHA-256
@@ -23,10 +25,10 @@ HASH_BYTES = 32  # of SHA-256
 
 @dataclass(frozen=True)
 class Row:
-    """One text, its other columns (they are handed to the rewards), and its place as `"file:line"`.
+    """One text, its other columns (which the rewards receive), and its place as `"file:line"`.
 
-    `messages` is set where the row was a conversation (a list of `{"role", "content"}`); `text` is then the text of
-    its messages, and `PromptData` renders it through the tokenizer's chat template.
+    `messages` is set if the row was a conversation (a list of `{"role", "content"}`). `text` then joins the texts of
+    the messages, and `PromptData` renders the conversation through the tokenizer's chat template.
     """
 
     text: str
@@ -36,11 +38,11 @@ class Row:
 
 
 class Source(Protocol):
-    """A data set that can be read split by split; `counts` says how many rows it has, dropped and kept.
+    """A data set that is read split by split; `counts` says how many rows were kept and how many were left out.
 
-    A source may also have a `key` (`rlft.core.cache_dir.Keyed`); what is made of its rows is then kept in the cache
-    directory. A class whose rows always have the same columns names them in a tuple, `columns`; a data set that needs
-    another column is then refused before anything is read.
+    A source may also have a `key` (`rlft.core.cache_dir.Keyed`). What is made from its rows is then cached on disk. A
+    class whose rows always have the same columns names them in the tuple `columns`. A data set that needs another
+    column is then refused before anything is read.
     """
 
     @property
@@ -49,28 +51,54 @@ class Source(Protocol):
     def rows(self, split: str) -> Sequence[Row]: ...
 
 
+class SplitSource(ABC):
+    """Base of rlft's own sources, which read all rows at the first use."""
+
+    validation: float  # fraction of the texts that is held out for evaluation
+
+    @abstractmethod
+    def read_all(self) -> tuple[Mapping[str, Sequence[Row]], dict[str, int]]:
+        """Return the rows of each split, and the counts: rows read, rows left out by reason, the size of each split."""
+
+    @cached_property
+    def _read(self) -> tuple[Mapping[str, Sequence[Row]], dict[str, int]]:
+        return self.read_all()
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """Return the rows of a split."""
+        return self._read[0][check_split(split)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(self._read[1])
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a validation split was asked for."""
+        return self.validation > 0
+
+
 @runtime_checkable
 class HoldsOut(Protocol):
-    """A source, or the data made of it, that says whether rows were asked to be held out for the evaluation."""
+    """A source or data set that says whether its settings ask for a validation split."""
 
     @property
     def holds_out(self) -> bool: ...
 
 
 def holds_out(data: Any) -> bool:
-    """Return whether a source, or the data made of it, was asked for a validation split; one that does not say was."""
+    """Return whether a source or data set was asked for a validation split; True if it does not say."""
     return data.holds_out if isinstance(data, HoldsOut) else True
 
 
 def check_split(split: str) -> str:
-    """Return `split` if it is the name of one, else raise `ConfigError`."""
-    if split not in SPLITS:
-        raise ConfigError(f"split is one of {', '.join(SPLITS)}, got {split!r}{nearest(split, SPLITS)}")
+    """Return `split`, or raise `ConfigError` if there is no split of that name."""
+    check_choice("split", split, SPLITS)
     return split
 
 
 def check_fractions(validation: float, test: float) -> None:
-    """Raise `ConfigError` unless the two are fractions that leave something to train on."""
+    """Raise `ConfigError` unless both are fractions and leave something to train on."""
     if validation < 0 or test < 0 or validation + test >= 1:
         raise ConfigError(
             f"validation and test are fractions of the rows, each at least 0 and together less than 1, "
@@ -79,16 +107,8 @@ def check_fractions(validation: float, test: float) -> None:
 
 
 def normalised(text: str) -> str:
-    """Return the text with each run of white space as one space: what the split of a text depends on."""
+    """Return the text with each run of white space replaced by one space; the split of a text depends on this form."""
     return " ".join(text.split())
-
-
-def split_of(text: str, *, validation: float = 0.05, test: float = 0.05) -> str:
-    """Return the split of a text: by the SHA-256 of its normalised form, read as a number in [0, 1)."""
-    number = int.from_bytes(text_digest(text)[:8], "big") / 2**64
-    if number < test:
-        return "test"
-    return "validation" if number < test + validation else "train"
 
 
 def text_digest(text: str) -> bytes:
@@ -107,9 +127,11 @@ def split_rows(
     test: float = 0.05,
     mark: Callable[[Row], bytes] = lambda row: sha256(row.text),
 ) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """Return the rows without duplicates by split, each split in the order of its hashes, and the counts.
+    """Return the rows of each split, without duplicates and in the order of their hashes, and the counts.
 
-    `mark` is a hash of what makes two rows the same (default: the text). Counts: `duplicates`, and one for each split.
+    The SHA-256 of a text's normalised form, read as a number u in [0, 1), chooses its split: test if u < test, else
+    validation if u < test + validation, else train. Two rows are duplicates if `mark` gives the same hash for both
+    (default: the hash of the text). The counts are `duplicates` and the size of each split.
     """
     rows = list(rows)
     order, counts = split_order(
@@ -121,9 +143,10 @@ def split_rows(
 def given_splits(
     splits: dict[str, list[Row]], *, mark: Callable[[Row], bytes] = lambda row: sha256(row.text)
 ) -> tuple[dict[str, list[Row]], dict[str, int]]:
-    """Return splits that a user made, in their own order, without duplicates and with no text in two of them.
+    """Return splits that a user made, each in its own order, without duplicates and with no text in two splits.
 
-    A text that is in test leaves validation and train, one that is in validation leaves train, counted as `leaked`.
+    A text of the test split is removed from validation and train, and a text of the validation split from train. The
+    counts are `duplicates`, `leaked` (the rows removed in this way) and the size of each split.
     """
     rows = [row for name in SPLITS for row in splits.get(name, [])]
     order, counts = given_order(
@@ -137,11 +160,11 @@ def given_splits(
 def split_order(
     digests: bytes, marks: bytes, *, validation: float, test: float
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Return which rows, by their numbers, make up each split, int64, and the counts, as `split_rows` says.
+    """Return the row numbers of each split, int64, and the counts; the rules are those of `split_rows`.
 
-    The order of the hashes mixes a file that is sorted (say by label), so that the first 200 rows of a split are a
-    fair sample of it. Of duplicates the first is kept. `digests` and `marks` are the rows' hashes, 32 bytes each, of
-    their normalised texts and of what makes two rows the same.
+    `digests` holds the hash of each row's normalised text, and `marks` the hash that duplicates share, 32 bytes a row.
+    The first of several duplicates is kept. Ordering by hash shuffles a file that is sorted (by label, for example), so
+    that the first 200 rows of a split are a fair sample of it.
     """
     check_fractions(validation, test)
     texts = _hashes(digests)
@@ -154,7 +177,7 @@ def split_order(
 
 
 def given_order(digests: bytes, marks: bytes, split: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Return which rows make up each split, and the counts, as `given_splits` says; `split` indexes `SPLITS`."""
+    """As `split_order`, by the rules of `given_splits`; `split` holds each row's split, as an index into `SPLITS`."""
     texts, same = _hashes(digests), _hashes(marks)
     seen, counts, order = texts[:0], {"duplicates": 0, "leaked": 0}, {}
     for number, name in reversed(list(enumerate(SPLITS))):
@@ -168,10 +191,10 @@ def given_order(digests: bytes, marks: bytes, split: np.ndarray) -> tuple[dict[s
 
 
 def _hashes(joined: bytes) -> np.ndarray:
-    """View hashes one after another as an array of one item each; as NumPy's bytes they sort as Python's do."""
+    """Return concatenated hashes as an array of one hash each, without a copy; they sort as Python's bytes do."""
     return np.frombuffer(joined, dtype=f"S{HASH_BYTES}")
 
 
 def _firsts(marks: np.ndarray) -> np.ndarray:
-    """Return the index of the first of each set of equal marks, ascending, int64."""
+    """Return the index of the first of each set of equal marks, in ascending order, int64."""
     return np.sort(np.unique(marks, return_index=True)[1]).astype(np.int64)

@@ -1,14 +1,13 @@
-"""Arrays kept on disk and memory-mapped: what was read and tokenised once is opened by later starts, and not read.
+"""A disk cache of arrays: data that was read and tokenised once is memory-mapped by later starts.
 
-An entry is a directory `<cache>/data/<kind>-<key>` with a .npy file for each array and meta.json, which says how long
-each of them is. Opening one takes a millisecond, and memory only for what is looked at. Arrow by way of the library
-`datasets` would do the same; it is an optional extra whose import alone takes over a second, and it would have to be
-installed with every rlft.
+An entry is a directory `<cache>/data/<kind>-<key>` with a .npy file for each array, and with meta.json, which holds
+their lengths. Opening an entry takes a millisecond, and memory only for the parts that are read. Arrow, through the
+library `datasets`, would do the same, but its import takes over a second, and it is only an optional extra of rlft.
 
-What is trusted: that equal keys mean equal contents. A file's part in a key is its path, size, times and inode
-(`file_key`), not its bytes: a file rewritten in place, to the same size, within one tick of the file system's clock
-(4 ms on Linux) would be taken for the old one. `VERSION` stands for rlft's own code: it is raised with every change of
-what the same files give. An entry that was cut short is noticed and made again; a bit that flipped on the disk is not.
+The cache assumes that equal keys mean equal contents. A file enters a key by its path, size, times and inode
+(`file_key`), not by its bytes: a file rewritten in place, to the same size, within one tick of the file system's clock
+(4 ms on Linux) would be taken for the old one. `VERSION` stands for rlft's own code; it is raised whenever a change of
+the code changes what the same files give. A truncated entry is noticed and made again; a flipped bit is not noticed.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from rlft.core.cache_dir import atomic_directory, cache_dir, digest
 from rlft.core.errors import DataError
 
 VERSION = 1
-FLUSH_ITEMS = 1 << 18  # of a column, held in memory until they are written
+FLUSH_ITEMS = 1 << 18  # items of a column that are held in memory before they are written
 
 T = TypeVar("T")
 
 
 class Lazy(Sequence[T], ABC, Generic[T]):
-    """A sequence whose items are made when they are asked for, and not kept; a slice is a list. Compares as a list."""
+    """A sequence that makes an item each time it is asked for. A slice is a list, and it compares as a list."""
 
     @abstractmethod
     def item(self, index: int) -> T:
@@ -59,13 +58,13 @@ class Lazy(Sequence[T], ABC, Generic[T]):
             return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]  # as a list
+    __hash__ = None  # type: ignore[assignment]  # unhashable, as a list is
 
 
 class Column:
-    """A .npy file that is written from the start to the end, its length known at the end only.
+    """A .npy file that is written item by item; its length is known, and written, only at the end.
 
-    `dtype` is one of NumPy's names for what `array` holds: uint8, int32, int64.
+    `dtype` is uint8, int32 or int64.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -92,7 +91,7 @@ class Column:
         return self.size + len(self._held)
 
     def finish(self) -> None:
-        """Write what is left and the length, see both onto the disk, and close the file."""
+        """Write the remaining items and the length, wait until they are on the disk (fsync), and close the file."""
         try:
             self._flush()
             self._file.seek(0)
@@ -119,7 +118,7 @@ class Column:
 
 
 class Writer:
-    """Writes an entry's columns; rows of different lengths are their values one after another, and where each ends."""
+    """Writes an entry. Rows of different lengths are two columns: all their values, and where each row ends."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -131,7 +130,7 @@ class Writer:
         return self.columns[name]
 
     def ragged(self, name: str, dtype: str = "uint8") -> Callable[[Iterable[int] | bytes], None]:
-        """Return what appends a row (a list of numbers, or bytes) to a new column; `Store.row` reads it."""
+        """Return a function that appends a row (a list of numbers, or bytes) to a new column; `Store.row` reads it."""
         values, ends = self.column(name, dtype), self.column(f"{name}_ends", "int64")
 
         def append(row: Iterable[int] | bytes) -> None:
@@ -141,7 +140,7 @@ class Writer:
         return append
 
     def array(self, name: str, values: np.ndarray) -> None:
-        """Write a whole array of one dimension."""
+        """Write a whole one-dimensional array."""
         column = self.column(name, values.dtype.name)
         column.extend(values.tobytes())
 
@@ -157,7 +156,7 @@ class Writer:
 
 
 class Store:
-    """An entry: `meta` (JSON values) and `arrays`, memory-mapped. Raises `ValueError` or `OSError` where damaged."""
+    """An entry: `meta` (JSON values) and memory-mapped `arrays`; raises `ValueError` or `OSError` if it is damaged."""
 
     def __init__(self, directory: Path) -> None:
         read = json.loads((directory / "meta.json").read_text())
@@ -179,9 +178,9 @@ class Store:
 
 
 def stored(kind: str, key: Mapping[str, Any], write: Callable[[Writer], dict[str, Any]]) -> Store:
-    """Return the entry of a key, made by `write` (which returns its meta) where there is none that can be read.
+    """Return the entry of a key; if there is none that can be read, `write` makes it, and returns its meta.
 
-    Two processes may make the same entry at once. Raises `DataError` where it cannot be written.
+    Two processes may make the same entry at once. Raises `DataError` if it cannot be written.
     """
     path = cache_dir() / "data" / f"{kind}-{digest(version=VERSION, **key)}"
     if path.is_dir():
@@ -197,12 +196,12 @@ def stored(kind: str, key: Mapping[str, Any], write: Callable[[Writer], dict[str
     except OSError as error:
         if str(error.filename).startswith(str(path.parent)):
             raise _unwritable(path, error) from error
-        raise  # from reading what the entry is made of
+        raise  # an input could not be read
     return Store(path)
 
 
 def file_key(path: Path) -> list[Any]:
-    """Return what a file's contents are known by without reading it: path, inode, size and times."""
+    """Return what identifies a file's contents without reading them: path, inode, size and times."""
     found = path.stat()
     return [str(path), str(path.absolute()), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

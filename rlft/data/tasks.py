@@ -1,27 +1,27 @@
-"""Generated tasks with one right answer: sums, sorting, and reciting a sentence by heart."""
+"""Generated problems with one right answer: sums, sorting letters, and reciting a sentence by heart."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
 
-from rlft.core.errors import ConfigError, nearest
+from rlft.core.errors import ConfigError, check_choice
 from rlft.core.ranges import CountOrZero, Size
 from rlft.core.rng import generator
-from rlft.data.source import Row, check_fractions, check_split, split_rows
+from rlft.data.source import SPLITS, Row, SplitSource, check_fractions, split_rows
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SENTENCES = ("the quick brown", "fox jumps over a", "lazy dog and ran", "far into the wood")
 
 
-class Task:
-    """A source of problems: the text is the prompt, column `answer` what should follow; split by a hash of the prompt.
+class Task(SplitSource):
+    """A source of problems, split by a hash of the prompt; the column `answer` holds the right completion.
 
-    | kind   | size | prompt            | answer             |
-    |--------|------|-------------------|--------------------|
-    | sums   | 100  | "47+5="           | "52", of numbers below `size` |
-    | sort   | 6    | "qhedka=" | "adehkq", of `size` letters; `num` problems are drawn |
-    | recite | 4    | "1" … | a sentence of 15 to 17 letters; `size` of them, all in every split |
+    | kind   | prompt    | answer    | problems                                                           |
+    |--------|-----------|-----------|--------------------------------------------------------------------|
+    | sums   | "47+5="   | "52"      | all pairs of numbers below `size`                                  |
+    | sort   | "qhedka=" | "adehkq"  | `num` drawn problems of `size` letters                             |
+    | recite | "1"       | "the qu…" | `size` sentences of 15 to 17 characters, all of them in each split |
     """
 
     columns = ("answer",)
@@ -36,27 +36,25 @@ class Task:
         test: float = 0.05,
         seed: CountOrZero = 0,
     ) -> None:
-        """`num` and `seed` are for drawn problems (sort). Raises `ConfigError` for what is not allowed."""
-        if kind not in _MAKE:
-            raise ConfigError(f"data.source.kind={kind} is not one of {', '.join(_MAKE)}{nearest(kind, _MAKE)}")
+        """`num` and `seed` are used by sort only. Raises `ConfigError` for a value that is not allowed."""
+        check_choice("data.source.kind", kind, _MAKE)
         largest = {"sums": 1000, "sort": len(LETTERS), "recite": len(SENTENCES)}[kind]
         if not 1 <= size <= largest:
             raise ConfigError(f"data.source.size={size} must be between 1 and {largest} for kind={kind}")
         check_fractions(validation, test)
-        problems = _MAKE[kind](size, num, seed)
-        rows = [Row(prompt, {"answer": answer}, f"{kind} {i}") for i, (prompt, answer) in enumerate(problems)]
-        if kind == "recite":  # by heart: there is nothing to generalise to
-            self._rows, self._counts = dict.fromkeys(("train", "validation", "test"), rows), {"train": len(rows)}
-        else:
-            self._rows, self._counts = split_rows(rows, validation=validation, test=test)
-        self.holds_out = kind == "recite" or validation > 0
+        self.kind, self.size, self.num, self.seed = kind, size, num, seed
+        self.validation, self.test = validation, test
+
+    def read_all(self) -> tuple[dict[str, list[Row]], dict[str, int]]:
+        problems = _MAKE[self.kind](self.size, self.num, self.seed)
+        rows = [Row(prompt, {"answer": answer}, f"{self.kind} {i}") for i, (prompt, answer) in enumerate(problems)]
+        if self.kind == "recite":  # learnt by heart: every split has all sentences
+            return dict.fromkeys(SPLITS, rows), {"train": len(rows)}
+        return split_rows(rows, validation=self.validation, test=self.test)
 
     @property
-    def counts(self) -> dict[str, int]:
-        return self._counts
-
-    def rows(self, split: str) -> list[Row]:
-        return self._rows[check_split(split)]
+    def holds_out(self) -> bool:
+        return self.kind == "recite" or self.validation > 0
 
 
 def _sums(size: int, num: int, seed: int) -> list[tuple[str, str]]:

@@ -1,18 +1,17 @@
 """Plain text for language-model training: one long array of tokens, cut into blocks.
 
-As nanoGPT and the GPT papers pack text, except that an epoch is a permutation of blocks that do not overlap (each
-token is trained on once an epoch) where nanoGPT draws block starts at random with replacement.
+nanoGPT and the GPT papers pack text in the same way, but nanoGPT draws the starts of blocks at random with replacement.
+Here an epoch is a permutation of blocks that do not overlap, so each token is trained on once an epoch.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from rlft.core.cache_dir import atomic_path, cache_dir, digest, key_of, texts_digest
+from rlft.core.cache_dir import atomic_path, cache_dir, digest, key_of_texts
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.ranges import Size
 from rlft.core.rng import generator, order
@@ -25,14 +24,14 @@ from rlft.data.store import VERSION, Column
 class TextData:
     """Blocks of `block_size + 1` tokens; a block's inputs are `block[:-1]` and its targets `block[1:]`.
 
-    The texts of a split are joined in the source's order, each followed by the end-of-text token where the tokenizer
-    has one. Consecutive blocks overlap by one token, so that each token but the first is a target once. The tail that
-    fills no block is left out: `counts` says how long it is. Epoch e of the training split cuts its blocks from an
-    offset drawn from (seed, e), the array read as a ring, so that blocks differ between epochs and so does the tail.
+    The texts of a split are joined in the source's order, each followed by the end-of-text token if the tokenizer has
+    one. Consecutive blocks overlap by one token, so that each token but the first is a target once. The tail, which
+    does not fill a block, is left out; `counts` holds its length. Each epoch of the training split begins its first
+    block at another offset, drawn from (seed, epoch), and reads the array as a ring: blocks and tail differ by epoch.
 
     Args:
         source: where the texts come from.
-        tokenizer: turns them into ids; the ids are kept in the cache directory.
+        tokenizer: turns them into ids, which are kept in the cache directory.
         block_size: inputs of a block, in tokens, at least 1.
     """
 
@@ -51,7 +50,7 @@ class TextData:
         return self._tokens[split]
 
     def num_blocks(self, split: str) -> int:
-        """Return how many whole blocks the split has (for training: in one epoch)."""
+        """Return the number of whole blocks in the split (for train: in an epoch)."""
         return max(0, (len(self.tokens(split)) - 1) // self.block_size)
 
     def batch(self, step: int, *, size: int, seed: int) -> torch.Tensor:
@@ -74,7 +73,7 @@ class TextData:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The source's counts, and for the splits trained and validated on: tokens, blocks, tokens in the tail."""
+        """The source's counts, and for train and validation the tokens, the blocks and the tokens of the tail."""
         counts = dict(self.source.counts)
         for split in ("train", "validation"):
             tokens, blocks = len(self.tokens(split)), self.num_blocks(split)
@@ -103,7 +102,9 @@ class TextData:
         return num_blocks
 
     def _load(self, split: str) -> np.ndarray:
-        path = cache_dir() / "tokens" / f"{self._key(split)}.npy"
+        source = key_of_texts(self.source, split)
+        key = digest(version=VERSION, source=source, split=split, **tokenizer_key(self.tokenizer))
+        path = cache_dir() / "tokens" / f"{key}.npy"
         if not path.is_file():
             with atomic_path(path) as temporary:
                 self._write(temporary, split)
@@ -121,11 +122,3 @@ class TextData:
                 tokens.extend(ids)
                 tokens.extend(end)
         tokens.finish()
-
-    def _key(self, split: str) -> str:
-        """Return the name of what the token array depends on: the source's key, or a hash of all its texts."""
-        source: Any = key_of(self.source)
-        if source is None:
-            rows = self.source.rows(split)
-            source = texts_digest((row.text for row in rows), len(rows))
-        return digest(version=VERSION, source=source, split=split, **tokenizer_key(self.tokenizer))

@@ -1,1 +1,1 @@
-"""Pure functions of tensors: what the algorithms are composed of. Imports torch and the standard library only."""
+"""The mathematics of the algorithms: pure functions of tensors, which import only torch and the standard library."""

@@ -1,11 +1,11 @@
-"""Advantages: how much better than expected each token or each completion did.
+"""Advantages: how much better than expected each token or each completion was.
 
-Two families. From per-token rewards [B, T]: discounted returns, and generalised advantage estimation with a critic.
-From one reward for each completion [B], rows of a group side by side (row = prompt * group_size + member): group mean,
-group z-score and leave-one-out. `whiten` is for either. Nothing here carries an advantage from padding or between rows.
+There are two families. From per-token rewards [B, T]: discounted returns, and generalised advantage estimation with a
+critic. From one reward for each completion [B], with the rows of a group next to each other (row = prompt * group_size
++ member): group mean, group z-score and leave-one-out. `whiten` is for both. Padding never enters an advantage.
 
-A reward of nan means that the completion is not counted (a reward function returned None): it is left out of its
-group's mean, spread and leave-one-out, and its own advantage is 0.
+A reward of nan means that the completion is not counted (its reward function returned None): it is left out of the
+group's mean, standard deviation and leave-one-out mean, and its own advantage is 0.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ def gae(rewards: PerToken, values: PerToken, mask: PerToken, *, gamma: float, la
 
         delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   return_t = A_t + V_t
 
-    t + 1 is the next counted token of the row: tokens outside the mask are stepped over. After the last counted token
+    t + 1 is the next counted token of the row: tokens outside the mask are skipped. After the last counted token,
     V = A = 0, for truncated completions too (as in TRL).
 
     Args:
         rewards: [B, T] floating.
-        values: [B, T] floating, V_t is the value before token t is sampled.
+        values: [B, T] floating; V_t is the value of the state before token t is sampled.
         mask: [B, T] bool or float.
         gamma: discount, in [0, 1].
-        lam: in [0, 1]; 0 is one-step temporal difference, 1 is returns minus values.
+        lam: in [0, 1]; 0 gives the one-step temporal difference, 1 gives returns minus values.
 
     Returns:
         advantages and returns, both [B, T], 0 outside the mask.
@@ -51,7 +51,7 @@ def gae(rewards: PerToken, values: PerToken, mask: PerToken, *, gamma: float, la
 
 
 def discounted_returns(rewards: PerToken, mask: PerToken, *, gamma: float) -> Tensor:
-    """Return the discounted sum of the rewards from each token on (REINFORCE's return-to-go).
+    """Return the discounted sum of the rewards from each token onwards (REINFORCE's return-to-go).
 
         R_t = r_t + gamma R_{t+1}
 
@@ -73,8 +73,8 @@ def group_mean(rewards: PerCompletion, *, group_size: int) -> Tensor:
 
         A_i = r_i - mean(r)
 
-    The mean holds r_i itself, so with k completions the expected gradient is (k - 1) / k of `leave_one_out`'s, and 0
-    for k = 1.
+    The mean includes r_i itself, so for k completions the expected gradient is (k - 1) / k of that of `leave_one_out`,
+    and 0 for k = 1.
 
     Args:
         rewards: [B], row = prompt * group_size + member; nan is not counted.
@@ -87,7 +87,7 @@ def group_mean(rewards: PerCompletion, *, group_size: int) -> Tensor:
 
 
 def group_zscore(rewards: PerCompletion, *, group_size: int, eps: float = 1e-4) -> Tensor:
-    """Return each reward minus its group's mean, over the group's standard deviation (GRPO, arXiv:2402.03300, eq. 3).
+    """Return (reward - group's mean) / group's standard deviation (GRPO, arXiv:2402.03300, eq. 3).
 
         A_i = (r_i - mean(r)) / (std(r) + eps),   std with ddof 1, as in TRL
 
@@ -109,11 +109,11 @@ def group_zscore(rewards: PerCompletion, *, group_size: int, eps: float = 1e-4) 
 
 
 def leave_one_out(rewards: PerCompletion, *, group_size: int) -> Tensor:
-    """Return each reward minus the mean of the others of its group (RLOO, arXiv:2402.14740).
+    """Return each reward minus the mean of the other rewards of its group (RLOO, arXiv:2402.14740).
 
         A_i = r_i - sum_{j != i} r_j / (k - 1)
 
-    The baseline does not hold r_i, so the gradient is unbiased.
+    The baseline does not depend on r_i, so the gradient is unbiased.
 
     Args:
         rewards: [B], row = prompt * group_size + member; nan is not counted.
@@ -123,7 +123,7 @@ def leave_one_out(rewards: PerCompletion, *, group_size: int) -> Tensor:
         [B], exactly 0 throughout a group of equal rewards, and where only one completion of the group counts.
 
     Raises:
-        ValueError: for a group of 1, which leaves nothing when one is left out.
+        ValueError: for a group of 1, which has no other rewards.
     """
     refuse_group_of_one("leave_one_out", group_size)
     centred, num = centre_groups(rewards, group_size)
@@ -131,7 +131,7 @@ def leave_one_out(rewards: PerCompletion, *, group_size: int) -> Tensor:
 
 
 def no_advantage(rewards: PerCompletion) -> Tensor:
-    """Return zeros `[B]`: no reward trains anything (on-policy distillation, where the KL to a teacher does)."""
+    """Return zeros `[B]`: the rewards train nothing (on-policy distillation, where the KL to a teacher trains)."""
     return torch.zeros_like(rewards)
 
 
@@ -140,11 +140,11 @@ def greedy_baseline(rewards: PerCompletion, greedy_rewards: PerCompletion) -> Te
 
         A_i = r_i - r_greedy
 
-    The baseline is no sample, so the gradient is unbiased for groups of any size.
+    The baseline does not depend on the sample, so the gradient is unbiased for groups of any size.
 
     Args:
         rewards: [B]; nan is not counted.
-        greedy_rewards: [B], of the greedy completion of each row's prompt; where it is nan the row is not counted.
+        greedy_rewards: [B], of the greedy completion of each row's prompt; a row where it is nan is not counted.
 
     Returns:
         [B], 0 where not counted.
@@ -158,8 +158,8 @@ def beta_normalized(rewards: PerCompletion, *, group_size: int) -> Tensor:
 
         A_i = (r_i - p) / f(p; 1 + a/3, 1 + b/3),   p = mean(r) of the group, f the density of a Beta distribution
 
-    a and b are those of the Beta distribution with the mean and (ddof 1) variance of p over the groups of the batch.
-    Where they do not exist (one group, or all p equal) f is 1, which is `group_mean`.
+    a and b are the parameters of the Beta distribution with the mean and the (ddof 1) variance of p over the groups of
+    the batch. If there is no such distribution (one group, or all p equal), f is 1, which gives `group_mean`.
 
     Args:
         rewards: [B] of 0 and 1, row = prompt * group_size + member; nan is not counted.
@@ -169,7 +169,7 @@ def beta_normalized(rewards: PerCompletion, *, group_size: int) -> Tensor:
         [B], exactly 0 throughout a group of equal rewards.
 
     Raises:
-        ValueError: for rewards other than 0 and 1, and a group of 1.
+        ValueError: for rewards other than 0 and 1, and for a group of 1.
     """
     refuse_group_of_one("beta_normalized", group_size)
     is_other = (rewards != 0) & (rewards != 1) & ~rewards.isnan()
@@ -187,7 +187,7 @@ def beta_normalized(rewards: PerCompletion, *, group_size: int) -> Tensor:
     strength = mean * (1 - mean) / variance - 1
     alpha, beta = 1 + mean * strength / 3, 1 + (1 - mean) * strength / 3
     log_norm = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
-    inside = p.clamp(1e-6, 1 - 1e-6)  # at 0 and 1 the density may be 0, and so is r - p
+    inside = p.clamp(1e-6, 1 - 1e-6)  # at p = 0 and 1 the density may be 0; there r - p is 0 too
     density = ((alpha - 1) * inside.log() + (beta - 1) * torch.log1p(-inside) - log_norm).exp()
     return (centred / density).flatten()
 
@@ -197,14 +197,15 @@ def group_returns(rewards: PerToken, mask: PerToken, *, group_size: int, gamma: 
 
         A_{i,t} = R_{i,t} - mean_{j != i, j still runs at t} R_{j,t},   R_t = r_t + gamma R_{t+1}
 
-    `leave_one_out` for a reward at each token. The others' returns do not depend on member i's tokens, so the gradient
-    is unbiased, although their contexts differ from the second token on. Where no other member runs the baseline is 0.
+    This is `leave_one_out` for per-token rewards. The other members' returns do not depend on the tokens of member i,
+    so the gradient is unbiased, although the contexts differ from the second token on. At a position that no other
+    member reaches, the baseline is 0.
 
     Args:
         rewards: [B, T] floating, row = prompt * group_size + member.
         mask: [B, T] bool or float.
         group_size: completions of each prompt, at least 2.
-        gamma: discount, in [0, 1]; 0 credits a token with its own reward only.
+        gamma: discount, in [0, 1]; with 0, a token is credited only with its own reward.
 
     Returns:
         [B, T], 0 outside the mask.
@@ -228,12 +229,12 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
         (x - mean) / sqrt(var + 1e-8)  (+ mean, if not shift_mean),   var unbiased (ddof 1)
 
-    As in TRL's PPO. The statistics are of this tensor: call it on the whole batch, before it is cut into micro-batches.
+    As in TRL's PPO. The statistics are those of this tensor, so it must be the whole batch, not a micro-batch.
 
     Args:
         x: [B, T] floating.
         mask: [B, T] bool or float.
-        shift_mean: whether the mean becomes 0; if not, it stays.
+        shift_mean: whether the mean becomes 0; if not, it is unchanged.
 
     Returns:
         [B, T], 0 outside the mask; a single counted entry has variance 0.
@@ -248,7 +249,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 
 
 def centre_groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Return rewards minus their group's mean, [P, G], 0 where not counted, and how many count, [P, 1]."""
+    """Return rewards minus their group's mean, [P, G], 0 where not counted, and the number of counted ones, [P, 1]."""
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be [B], one for each completion, got {list(rewards.shape)}")
     if group_size < 1 or rewards.shape[0] % group_size:
@@ -259,7 +260,7 @@ def centre_groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     groups = (rewards if rewards.is_floating_point() else rewards.float()).reshape(-1, group_size)
     counted = ~groups.isnan()
     num = counted.sum(-1, keepdim=True)
-    # subtracting a member first makes groups of equal rewards exactly 0, where r - mean(r) would leave rounding noise
+    # Subtracting a member first makes groups of equal rewards exactly 0; r - mean(r) alone would leave rounding errors.
     lowest = torch.where(counted, groups, torch.inf).amin(-1, keepdim=True)
     above = torch.where(counted, groups - lowest, 0.0)
     mean = above.sum(-1, keepdim=True) / num.clamp(min=1)
@@ -267,7 +268,7 @@ def centre_groups(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def refuse_group_of_one(name: str, group_size: int) -> None:
-    """Refuse a group that has nothing to compare a completion with."""
+    """Raise `ValueError` for a group of one completion, which cannot be compared with others."""
     if group_size == 1:
         raise ValueError(
             f"{name} compares a completion with the others of its group and needs group_size of at least 2, got 1; "
@@ -276,6 +277,6 @@ def refuse_group_of_one(name: str, group_size: int) -> None:
 
 
 def _check_fraction(name: str, value: float) -> None:
-    """Refuse a discount outside [0, 1]."""
+    """Raise `ValueError` for a discount outside [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be between 0 and 1, got {value}")

@@ -1,13 +1,13 @@
-"""From a per-token quantity [B, T] to the scalar that is minimised: four denominators.
+"""From a per-token quantity [B, T] to the scalar that is minimised, with four choices of the denominator.
 
-Which one is chosen decides how much a token of a long completion weighs (Dr. GRPO, arXiv:2503.20783, section 3; DAPO,
-arXiv:2503.14476, section 3.3). All are a masked sum divided by a count. `num_tokens` and `num_sequences` are the counts
-of the whole optimizer batch, over all micro-batches and ranks: with them, the results of the micro-batches add up
-(plain sum) to the result of the whole, however it was cut. A rank that averages gradients (DDP) multiplies by the
-world size. Without them a call counts its own tensor.
+The choice decides the weight of a token in a long completion (Dr. GRPO, arXiv:2503.20783, section 3; DAPO,
+arXiv:2503.14476, section 3.3). Each is a masked sum divided by a count. `num_tokens` and `num_sequences` are the counts
+of the whole optimizer batch, over all micro-batches and ranks. With them, the results of the micro-batches add up to
+the result of the whole batch, however it was divided. (DDP averages gradients over ranks, so each rank multiplies by
+the world size.) Without them, the counts are those of the tensor itself.
 
-`mask` is bool or float, true where a token counts; where it is false `x` may hold anything, nan included, and receives
-a zero gradient. Rows without a token contribute 0; no denominator is ever below 1. Sums are in float32 at least.
+`mask` is bool or float, true where a token counts. Elsewhere `x` may hold anything, even nan, and its gradient is zero.
+Rows without a token contribute 0; no denominator is below 1. Sums are in float32 at least.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Count = int | float | Tensor
 
 
 def token_mean(x: Tensor, mask: Tensor, *, num_tokens: Count | None = None) -> Tensor:
-    """Return the mean over tokens: every token weighs the same (DAPO, arXiv:2503.14476, eq. 8; BNPO).
+    """Return the mean over tokens: every token has the same weight (DAPO, arXiv:2503.14476, eq. 8; BNPO).
 
         sum_{i,t} m_it x_it / max(1, num_tokens)
 
@@ -41,7 +41,7 @@ def sequence_mean(x: Tensor, mask: Tensor, *, num_sequences: Count | None = None
 
         sum_i [ sum_t m_it x_it / max(1, sum_t m_it) ] / max(1, num_sequences)
 
-    As in TRL, a sequence without a token contributes 0 and is counted in the denominator.
+    As in TRL, a sequence without a token contributes 0 but is counted in the denominator.
 
     Args:
         x: [B, T] floating.
@@ -56,7 +56,7 @@ def sequence_mean(x: Tensor, mask: Tensor, *, num_sequences: Count | None = None
 
 
 def sequence_sum(x: Tensor, mask: Tensor, *, num_sequences: Count | None = None) -> Tensor:
-    """Return the mean over sequences of each sequence's sum: the policy gradient of the sequence's reward (RLOO).
+    """Return the mean over sequences of each sequence's sum: the policy gradient for a reward of the sequence (RLOO).
 
         sum_{i,t} m_it x_it / max(1, num_sequences)
 
@@ -72,14 +72,14 @@ def sequence_sum(x: Tensor, mask: Tensor, *, num_sequences: Count | None = None)
 
 
 def constant(x: Tensor, mask: Tensor, *, length: float, num_sequences: Count | None = None) -> Tensor:
-    """Return the sum over a constant length: `sequence_sum` on the scale of a mean (Dr. GRPO, arXiv:2503.20783).
+    """Return `sequence_sum` divided by a constant length: on the scale of a mean (Dr. GRPO, arXiv:2503.20783).
 
         sum_{i,t} m_it x_it / (length * max(1, num_sequences))
 
     Args:
         x: [B, T] floating.
         mask: [B, T] bool or float.
-        length: tokens, > 0; the largest number of new tokens, so that it never depends on what was sampled.
+        length: tokens, > 0; usually the largest number of new tokens. It does not depend on what was sampled.
         num_sequences: rows in the whole optimizer batch, int or 0-dim tensor; default: B, empty rows included.
 
     Returns:
@@ -101,5 +101,5 @@ def _masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _at_least_one(count: Count) -> Count:
-    """Return the count, 1 where it is smaller."""
+    """Return max(1, count)."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

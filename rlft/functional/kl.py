@@ -1,7 +1,8 @@
 """KL(policy || reference) from samples, and exactly.
 
 k1, k2 and k3 are J. Schulman's estimators ("Approximating KL divergence", 2020, joschu.net/blog/kl-approx.html), for
-tokens that the policy sampled, with d = logprob - ref_logprob. Value and gradient are different matters: on policy
+tokens that the policy sampled, with d = logprob - ref_logprob. The gradient of an estimator of the KL is not always an
+estimate of the KL's gradient. On policy:
 
     | estimator | E[value]     | E[gradient]               | use                                                |
     |-----------|--------------|---------------------------|----------------------------------------------------|
@@ -9,9 +10,9 @@ tokens that the policy sampled, with d = logprob - ref_logprob. Value and gradie
     | k2        | biased       | grad KL(pi||ref)          | in the loss                                        |
     | k3        | KL(pi||ref)  | grad KL(ref||pi)          | in the loss (GRPO); never negative, low variance   |
 
-Per token these hold for the distribution at that token; over a sequence they hold for the sequence's summed logprobs.
-Gradients flow into `logprobs`; the reference is detached. Where an input is not finite the result is nan and the
-gradient 0, so that a masked position cannot leak and one that counts is seen.
+Applied to the logprob of a token, this is the KL of the next-token distributions; applied to the summed logprob of a
+sequence, it is that of the sequences. Gradients flow into `logprobs`; the reference is detached. Where an input is not
+finite, the result is nan and the gradient 0: a masked position then has no effect, and one that counts is noticed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rlft.functional.masking import require_same_shape
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return the log ratio: unbiased, of either sign.
+    """Return the log ratio: unbiased, and of either sign.
 
         k1 = logprob - ref_logprob
 
@@ -38,7 +39,7 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return half the squared log ratio: biased, never negative, its expected gradient is that of KL(pi||ref).
+    """Return half the squared log ratio: biased and never negative; its expected gradient is that of KL(pi||ref).
 
         k2 = (logprob - ref_logprob)^2 / 2
 
@@ -56,7 +57,7 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return Schulman's unbiased and non-negative estimator, the one in GRPO's loss (arXiv:2402.03300, eq. 4).
+    """Return Schulman's unbiased and non-negative estimator, which GRPO's loss uses (arXiv:2402.03300, eq. 4).
 
         k3 = exp(-d) - 1 + d,   d = logprob - ref_logprob
 
@@ -78,8 +79,8 @@ def exact(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
         KL = sum_v p_v (log p_v - log q_v),   p = softmax(logits), q = softmax(ref_logits)
 
-    An entry with p_v = 0 (a logit of -inf) contributes 0; q_v = 0 where p_v > 0 gives inf. Both models' logits are held
-    at once: for a large vocabulary `rlft.functional.logprobs.exact_kl` starts from hidden states and takes chunks.
+    An entry with p_v = 0 (a logit of -inf) contributes 0; q_v = 0 where p_v > 0 gives inf. The logits of both models
+    are in memory at once; for a large vocabulary, `rlft.functional.logprobs.exact_kl` works on hidden states in chunks.
 
     Args:
         logits, ref_logits: [B, T, V] floating (or any leading shape), already divided by the temperature.
@@ -89,7 +90,7 @@ def exact(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """
     require_same_shape(logits=logits, ref_logits=ref_logits)
     ref_logits = ref_logits.detach()
-    sound = logits.detach().amax(-1).isfinite() & ref_logits.amax(-1).isfinite()  # amax passes nan on
+    sound = logits.detach().amax(-1).isfinite() & ref_logits.amax(-1).isfinite()  # amax of nan is nan
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logp = torch.log_softmax(torch.where(sound[..., None], logits, 0.0), dim=-1, dtype=dtype)
     logq = torch.log_softmax(torch.where(sound[..., None], ref_logits, 0.0), dim=-1, dtype=dtype)

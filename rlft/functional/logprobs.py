@@ -1,10 +1,10 @@
-"""Logprobs and entropies of tokens straight from hidden states, without the [N, V] logits of all rows at once.
+"""Logprobs and entropies of tokens from hidden states, without holding the [N, V] logits of all rows at once.
 
 The head's logits are the largest tensor of an update: 64 rows x 1,024 tokens x 50,257 entries are 12 GiB in float32.
-Here the head is applied to a chunk of rows at a time. The backward pass recomputes each chunk's logits and turns them
-into the gradients of `hidden` and `weight` at once (as in Liger-Kernel, arXiv:2410.10989, which does both in the
-forward pass and so must know the loss; here any loss may follow). Where all rows fit in one chunk the log-softmax is
-kept for the backward pass instead of being computed again.
+Here the head is applied to one chunk of rows at a time. The backward pass computes each chunk's logits again and turns
+them into the gradients of `hidden` and `weight` immediately. (Liger-Kernel, arXiv:2410.10989, does both in the forward
+pass, and so has to know the loss; here any loss may follow.) If all rows fit in one chunk, its log-softmax is kept for
+the backward pass instead of being computed again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 * 2**20  # of logits, in the dtype that they are normalised in
+CHUNK_BYTES = 64 * 2**20  # logits in a chunk, in the dtype in which they are normalised
 
 
 def token_logprobs(
@@ -32,21 +32,21 @@ def token_logprobs(
 
         z = hidden @ weight.T / temperature;  logprob = z[id] - logsumexp(z);  entropy = -sum_v p_v log p_v
 
-    The logits are computed in `hidden`'s dtype (autocast's where it is on) and normalised in float32 at least.
+    The logits are computed in `hidden`'s dtype (in autocast's if it is on) and normalised in float32 at least.
 
     Args:
         hidden: [N, C] floating, the states that predict `ids`.
         weight: [V, C] floating, the head (GPT-2's `wte`).
         ids: [N] int64 in [0, V).
         temperature: divides the logits; > 0.
-        entropy_grad: whether the entropy carries a gradient; if not, it is returned detached.
-        chunk_rows: rows of logits held at once; default: as many as take 64 MiB.
+        entropy_grad: whether the entropy has a gradient; if not, it is returned detached.
+        chunk_rows: rows of logits in memory at once; default: as many as take 64 MiB.
 
     Returns:
         logprobs and entropy, both [N]; float64 for float64 input, else float32.
 
     Raises:
-        ValueError: for shapes that do not fit, a temperature or a chunk that is not positive.
+        ValueError: for shapes that do not fit, and for a temperature or a chunk that is not positive.
     """
     _check_head(hidden, weight, temperature)
     if ids.shape != hidden.shape[:1]:
@@ -68,7 +68,7 @@ def exact_kl(
     temperature: float = 1.0,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Return the exact KL(policy || reference) of the next token at each row, in nats, without a gradient.
+    """Return the exact KL(policy || reference) of the next-token distributions at each row, without a gradient.
 
         KL = sum_v p_v (log p_v - log q_v),  p = softmax(hidden @ weight.T / temperature),  q of the reference
 
@@ -76,13 +76,13 @@ def exact_kl(
         hidden: [N, C]; weight: [V, C].
         ref_hidden: [N, D]; ref_weight: [V, D]. The widths C and D may differ, the vocabulary may not.
         temperature: divides both models' logits; > 0.
-        chunk_rows: rows held at once; default: as many as take 64 MiB for each model.
+        chunk_rows: rows of logits in memory at once; default: as many as take 64 MiB for each model.
 
     Returns:
-        [N] float64 for float64 input, else float32.
+        [N], nats; float64 for float64 input, else float32.
 
     Raises:
-        ValueError: for shapes that do not fit, a temperature or a chunk that is not positive.
+        ValueError: for shapes that do not fit, and for a temperature or a chunk that is not positive.
     """
     _check_head(hidden, weight, temperature)
     _check_head(ref_hidden, ref_weight, temperature)
@@ -120,7 +120,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 logprobs[rows] = logp.gather(-1, ids[rows, None])[:, 0]
                 entropy[rows] = (logp.exp().mul_(logp)).sum(-1).neg_()
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        kept = logp if needs_grad and num_rows <= chunk else None  # a single chunk is kept, more are computed again
+        kept = logp if needs_grad and num_rows <= chunk else None  # a single chunk is kept; several are computed again
         ctx.save_for_backward(hidden, weight, ids, entropy if entropy_grad else None, kept)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         ctx.set_materialize_grads(False)
@@ -138,13 +138,13 @@ class _TokenLogprobs(torch.autograd.Function):
         dtype = ctx.dtype
         head = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # summed over chunks in float32 at least: bfloat16 would round away the later chunks
+        # summed over chunks in float32 at least: in bfloat16, later chunks would be lost to rounding
         grad_weight = torch.zeros_like(weight, dtype=_normal_dtype(dtype)) if needs_weight else None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _chunks(hidden.shape[0], ctx.chunk):
                 inputs = hidden[rows].to(dtype)
                 logp = kept if kept is not None else _log_softmax(inputs, head, ctx.temperature)
-                grad = logp.exp()  # p, turned in place into the gradient of the undivided logits
+                grad = logp.exp()  # p, which the next lines turn, in place, into the gradient of the logits
                 if entropy is not None and grad_entropy is not None:
                     pull = (logp + entropy[rows, None]).mul_(grad_entropy[rows, None])
                     grad.mul_(pull.add_(grad_logprobs[rows, None]) if grad_logprobs is not None else pull)
@@ -172,7 +172,7 @@ def _log_softmax(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype that the head's matrix product runs in: autocast's where it is on, else `hidden`'s."""
+    """Return the dtype of the head's matrix product: autocast's if it is on, else `hidden`'s."""
     device = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -180,7 +180,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _normal_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that logits of `dtype` are normalised in."""
+    """Return the dtype in which logits of `dtype` are normalised."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -197,7 +197,7 @@ def _chunks(num_rows: int, chunk: int) -> Iterator[slice]:
 
 
 def _check_head(hidden: Tensor, weight: Tensor, temperature: float) -> None:
-    """Refuse states and a head that do not fit, and a temperature that is not positive."""
+    """Raise `ValueError` for states and a head that do not fit, and for a temperature that is not positive."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [N, C] and weight [V, C] with the same C, got {list(hidden.shape)} and "

@@ -1,4 +1,4 @@
-"""What a mask means, for every function of this package that takes one, and which shapes may meet."""
+"""Masks and checks of shapes, for all functions of this package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def as_bool(mask: Tensor, like: Tensor) -> Tensor:
     """Return `mask` as bool, [B, T], true where it is not zero.
 
     Raises:
-        ValueError: if the mask is not of `like`'s shape; it is never broadcast, because a [T] mask would fit unnoticed.
+        ValueError: if the mask has not `like`'s shape. Masks are never broadcast: a [T] mask by mistake would fit.
     """
     if mask.shape != like.shape:
         raise ValueError(f"mask must have the shape of what it masks, {list(like.shape)}, got {list(mask.shape)}")
@@ -18,18 +18,17 @@ def as_bool(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def zero_outside(x: Tensor, mask: Tensor) -> Tensor:
-    """Return `x` where the mask is true and 0 elsewhere, whatever stands there: `x * mask` would turn nan into nan.
+    """Return `x` where the mask is true and 0 elsewhere, even where `x` is nan (`x * mask` would keep nan).
 
-    The gradient is 0 outside as well. `mask` is bool or float, of `x`'s shape.
+    The gradient is 0 outside the mask as well. `mask` is bool or float, of `x`'s shape.
     """
     return torch.where(as_bool(mask, x), x, torch.zeros_like(x))
 
 
 def require_same_shape(**tensors: Tensor) -> None:
-    """Refuse tensors of different shapes: broadcasting would pair rows with times without a word.
+    """Raise `ValueError`, which names each argument's shape, if shapes differ.
 
-    Raises:
-        ValueError: naming each argument with its shape.
+    Broadcasting could silently pair rows with times.
     """
     if len({x.shape for x in tensors.values()}) > 1:
         given = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())

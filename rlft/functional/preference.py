@@ -1,8 +1,8 @@
 """Losses on preferences: pairs of a chosen and a rejected completion of one prompt, or completions with a label.
 
-Each returns the loss of every pair (or completion) [B], to be averaged over those of the whole optimizer batch. With
-h = (chosen - ref_chosen) - (rejected - ref_rejected), the margin of the pair's summed log ratios. Gradients flow into
-`chosen` and `rejected`; the reference is detached. A loss without `ref_` arguments needs no reference.
+Each returns the loss of every pair (or completion) [B]; the caller averages over the whole optimizer batch. In the
+formulas, h = (chosen - ref_chosen) - (rejected - ref_rejected) is the margin between the pair's log ratios. Gradients
+flow into `chosen` and `rejected`; the reference is detached. A loss without `ref_` arguments needs no reference.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def dpo(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Return the DPO loss (arXiv:2305.18290, eq. 7), conservative with label smoothing (Mitchell 2023, cDPO).
+    """Return the DPO loss (arXiv:2305.18290, eq. 7); with label smoothing, conservative DPO (cDPO, Mitchell 2023).
 
         loss = -(1 - label_smoothing) log sigmoid(beta h) - label_smoothing log sigmoid(-beta h)
 
     Args:
         chosen, rejected: [B] floating, the policy's logprobs summed over each completion's tokens.
-        ref_chosen, ref_rejected: [B], likewise the reference's.
+        ref_chosen, ref_rejected: [B], the same of the reference.
         beta: strength of the KL constraint, > 0.
         label_smoothing: probability that a pair's labels are swapped, in [0, 0.5).
 
@@ -46,14 +46,14 @@ def dpo(
 
 
 def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float) -> Tensor:
-    """Return the IPO loss (arXiv:2310.12036, eq. 17): the margin is regressed on 1 / (2 beta), so it cannot run away.
+    """Return the IPO loss (arXiv:2310.12036, eq. 17): it regresses the margin on 1 / (2 beta), which bounds the margin.
 
         loss = (h - 1 / (2 beta))^2
 
     Args:
-        chosen, rejected: [B] floating, the policy's logprobs of each completion: summed in the paper; TRL takes the
-            mean over tokens, which the caller may pass just as well.
-        ref_chosen, ref_rejected: [B], likewise the reference's.
+        chosen, rejected: [B] floating, the policy's logprobs of each completion: their sum over tokens in the paper,
+            their mean in TRL.
+        ref_chosen, ref_rejected: [B], the same of the reference.
         beta: the paper's tau, > 0.
 
     Returns:
@@ -69,7 +69,7 @@ def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tens
 def simpo(
     chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, beta: float, gamma: float
 ) -> Tensor:
-    """Return the SimPO loss (arXiv:2405.14734, eq. 6): the logprob per token is the reward, and no reference is needed.
+    """Return the SimPO loss (arXiv:2405.14734, eq. 6), whose reward is the mean logprob per token.
 
         loss = -log sigmoid(beta chosen / |chosen| - beta rejected / |rejected| - gamma)
 
@@ -93,12 +93,12 @@ def simpo(
 
 
 def orpo(chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, beta: float) -> Tensor:
-    """Return the ORPO loss (arXiv:2403.07691, eq. 6 and 7): likelihood of the chosen one, and an odds ratio.
+    """Return the ORPO loss (arXiv:2403.07691, eq. 6 and 7): the likelihood of the chosen completion and an odds ratio.
 
         loss = -m_c - beta log sigmoid(log odds(m_c) - log odds(m_r)),   odds(m) = e^m / (1 - e^m)
 
-    with m the mean logprob per token. The published code (and TRL) takes the first term over the prompt's tokens as
-    well, and its mean over all tokens of the batch; here it is the completion's alone, each pair weighing the same.
+    with m the mean logprob per token. In the published code and in TRL, the first term includes the prompt's tokens and
+    is the mean over all tokens of the batch. Here it is over the completion's tokens, and all pairs weigh the same.
 
     Args:
         chosen, rejected: [B] floating, the policy's logprobs summed over each completion's tokens.
@@ -131,19 +131,19 @@ def kto(
 
         loss = w_d (1 - sigmoid(beta (r - z0)))  if desirable, else  w_u (1 - sigmoid(beta (z0 - r)))
 
-    with r = logprobs - ref_logprobs and z0 = `kto_reference_point`, through which no gradient flows.
+    with r = logprobs - ref_logprobs and z0 = `kto_reference_point`, which is detached.
 
     Args:
         logprobs: [B] floating, the policy's logprobs summed over each completion's tokens.
-        ref_logprobs: [B], likewise the reference's.
+        ref_logprobs: [B], the same of the reference.
         is_desirable: [B] bool.
         z0: scalar or [B], nats.
         beta: strength of the KL constraint, > 0.
-        desirable_weight, undesirable_weight: > 0; the paper asks for 1 to 4/3 as the ratio of (weight times number) of
-            desirable to undesirable completions.
+        desirable_weight, undesirable_weight: > 0. The paper recommends that weight x number of the desirable
+            completions is 1 to 4/3 times weight x number of the undesirable ones.
 
     Returns:
-        [B], between 0 and the weight.
+        [B], between 0 and the completion's weight.
 
     Raises:
         ValueError: for a beta or a weight that is not positive.
@@ -158,15 +158,15 @@ def kto(
 
 
 def kto_reference_point(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return KTO's z0 (arXiv:2402.01306, section 4.1): a cheap, biased stand-in for KL(policy || reference).
+    """Return KTO's z0 (arXiv:2402.01306, section 4.1): a cheap, biased estimate of KL(policy || reference).
 
-        z0 = max(0, mean_i (logprobs_i - ref_logprobs_i)),   of completions y_j of other prompts, paired with x_i
+        z0 = max(0, mean_i (logprobs_i - ref_logprobs_i)),   for prompts x_i with completions of other prompts
 
     Args:
         logprobs, ref_logprobs: [B] floating, summed over the tokens of each mismatched completion.
 
     Returns:
-        A scalar in nats a completion, at least 0.
+        A scalar in nats per completion, at least 0.
     """
     _check_pairs(logprobs, ref_logprobs)
     return (logprobs - ref_logprobs).mean().clamp(min=0.0)
@@ -179,7 +179,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float | Non
 
     Args:
         chosen, rejected: [B] floating, the reward model's scores.
-        margin: [B] or a number, by how much the chosen score should be the larger; None: 0.
+        margin: [B] or a number, by how much the chosen score should be larger; None: 0.
 
     Returns:
         [B], at least 0.
@@ -190,16 +190,16 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float | Non
 
 
 def best_and_worst(rewards: Tensor, *, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each group's best and worst completion, to be a pair (on-policy DPO, arXiv:2402.04792, for groups of 2).
+    """Return each group's best and worst completion as a pair (on-policy DPO; arXiv:2402.04792 for groups of 2).
 
-    Of equals the first is taken. A group without spread, or with fewer than two counted rewards, has no pair.
+    Of equal rewards, the first is taken. A group of equal rewards, or with fewer than two counted ones, has no pair.
 
     Args:
         rewards: [B], row = prompt * group_size + member; nan is not counted.
         group_size: completions of each prompt, at least 2.
 
     Returns:
-        (best [P] int64, worst [P] int64, is_pair [P] bool): rows, and whether they differ in reward.
+        (best [P] int64, worst [P] int64, is_pair [P] bool): row numbers, and whether the rewards differ.
 
     Raises:
         ValueError: for a group of 1.
@@ -214,25 +214,25 @@ def best_and_worst(rewards: Tensor, *, group_size: int) -> tuple[Tensor, Tensor,
 
 
 def _log_odds(mean: Tensor) -> Tensor:
-    """Return log(p / (1 - p)) of p = e^mean, with p kept a rounding error below 1, where the odds would be infinite."""
+    """Return log(p / (1 - p)) for p = e^mean; p is kept just below 1, where the odds would be infinite."""
     mean = mean.clamp(max=-torch.finfo(mean.dtype).eps)
     return mean - torch.log(-torch.expm1(mean))
 
 
 def _margin(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
-    """Return h, [B]."""
+    """Return h of the module's docstring, [B]."""
     _check_pairs(chosen, rejected, ref_chosen, ref_rejected)
     return (chosen - ref_chosen.detach()) - (rejected - ref_rejected.detach())
 
 
 def _check_pairs(*logprobs: Tensor) -> None:
-    """Refuse tensors that broadcasting would pair up wrongly."""
+    """Raise `ValueError` for tensors that are not all [B] of the same length."""
     shapes = [list(x.shape) for x in logprobs]
     if any(shape != shapes[0] for shape in shapes) or len(shapes[0]) != 1:
         raise ValueError(f"pairs must all be [B], one number for each completion, got {shapes}")
 
 
 def _check_beta(beta: float) -> None:
-    """Refuse a strength that is not positive."""
+    """Raise `ValueError` for a beta that is not positive and finite."""
     if not (beta > 0.0 and beta < torch.inf):
         raise ValueError(f"beta must be greater than 0 and finite (0.1 is usual), got {beta}")

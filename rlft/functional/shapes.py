@@ -1,4 +1,4 @@
-"""Types that say what a tensor has an entry for; an algorithm's part says by them what it takes and gives."""
+"""Types of tensors by their shape; an algorithm's parts declare with them what they take and return."""
 
 from __future__ import annotations
 

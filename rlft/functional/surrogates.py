@@ -1,13 +1,13 @@
-"""Surrogate losses: per-token losses [B, T] whose gradient is the policy gradient, and what was clipped.
+"""Surrogate losses: per-token losses [B, T] whose gradient is the policy gradient, and statistics of the clipping.
 
-With r = exp(logprob - old_logprob), the ratio of the current policy to the one that sampled. Each function returns the
-loss of every position, to be masked and averaged by `rlft.functional.aggregation`, and a dict of detached [B, T]
-statistics under TRL's names, to be masked and averaged by the caller in the same way: indicators (`clip_ratio/low`,
-`clip_ratio/high`, `clip_ratio/region` = either) average to fractions of tokens, `ratio` to the mean ratio.
+In the formulas, r = exp(logprob - old_logprob) is the ratio of the current policy to the one that sampled. Each
+function returns the loss of every position, which `rlft.functional.aggregation` masks and averages, and a dict of
+detached [B, T] statistics under TRL's names, which the caller masks and averages too. The mean of an indicator
+(`clip_ratio/low`, `clip_ratio/high`, and `clip_ratio/region` for either) is a fraction of tokens.
 
-Gradients flow into `logprobs` (or `values`) alone; everything else is detached. `advantages` are [B, T], or [B] or
-[B, 1] for one advantage a completion. Where an input is not finite, or the ratio overflows, the loss is nan and the
-gradient 0: at a masked position it cannot leak, at one that counts the loss is seen not to be finite.
+Gradients flow only into `logprobs` (or `values`); everything else is detached. `advantages` are [B, T], or [B] or
+[B, 1] for one advantage per completion. Where an input is not finite, or the ratio overflows, the loss is nan and the
+gradient 0: a masked position then has no effect, and one that counts is noticed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Surrogate = tuple[Tensor, dict[str, Tensor]]
 
 
 def score_function(logprobs: Tensor, advantages: Tensor) -> Surrogate:
-    """Return REINFORCE's loss (Williams 1992; RLOO, arXiv:2402.14740): on policy, without a ratio.
+    """Return REINFORCE's loss (Williams 1992; RLOO, arXiv:2402.14740), which is on-policy and has no ratio.
 
         loss_t = -A_t logprob_t
 
@@ -58,7 +58,7 @@ def clipped(
         advantages: [B, T], [B, 1] or [B].
         clip_low: in [0, 1].
         clip_high: at least 0; DAPO takes 0.28 with a clip_low of 0.2.
-        dual_clip: the largest ratio that a negative advantage is multiplied by, above 1; None: not bounded.
+        dual_clip: the largest ratio by which a negative advantage is multiplied, above 1; None: no bound.
 
     Returns:
         loss [B, T], and `ratio`, `clip_ratio/low` (r below the bound and A < 0), `clip_ratio/high` (above, A > 0),
@@ -89,7 +89,7 @@ def cispo(
     clip_high: float,
     clip_low: float | None = None,
 ) -> Surrogate:
-    """Return CISPO's loss (MiniMax-M1, arXiv:2506.13585, eq. 4): the weight is clipped, no token loses its gradient.
+    """Return CISPO's loss (MiniMax-M1, arXiv:2506.13585, eq. 4): it clips the weight and keeps every token's gradient.
 
         loss_t = -stopgrad(clamp(r, clip_low, clip_high)) A_t logprob_t
 
@@ -97,12 +97,12 @@ def cispo(
         logprobs: [B, T] floating, of the current policy.
         old_logprobs: [B, T], of the policy that sampled.
         advantages: [B, T], [B, 1] or [B].
-        clip_high: the bound on r itself, not a distance from 1 (the paper's 1 + eps_high); greater than 0.
-        clip_low: likewise the lower bound itself, in [0, clip_high]; None: none, as in the paper's experiments.
+        clip_high: upper bound of r itself, not of its distance from 1 (the paper's 1 + eps_high); greater than 0.
+        clip_low: lower bound of r itself, in [0, clip_high]; None: no bound, as in the paper's experiments.
 
     Returns:
-        loss [B, T], and `ratio`, `clip_ratio/low`, `clip_ratio/high` (where the bound acts, whatever A's sign),
-        `clip_ratio/region`.
+        loss [B, T], and `ratio`, `clip_ratio/low`, `clip_ratio/high` (where r is beyond the bound, whatever the sign of
+        A), `clip_ratio/region`.
 
     Raises:
         ValueError: for a bound outside its range.
@@ -133,19 +133,19 @@ def sequence_ratio(
     clip_low: float,
     clip_high: float,
 ) -> Surrogate:
-    """Return GSPO's loss (arXiv:2507.18071, eq. 5): one ratio for the sequence, the geometric mean of its tokens'.
+    """Return GSPO's loss (arXiv:2507.18071, eq. 5), with one ratio per sequence, the geometric mean over its tokens.
 
         s = exp(sum_t m_t (logprob_t - old_logprob_t) / max(1, sum_t m_t))
         loss_t = -min(s A_t, clamp(s, 1 - clip_low, 1 + clip_high) A_t)      at every token of the sequence
 
-    With one advantage a completion, `sequence_mean` of this is the paper's objective.
+    With one advantage per completion, `sequence_mean` of this loss is the paper's objective.
 
     Args:
         logprobs: [B, T] floating, of the current policy.
         old_logprobs: [B, T], of the policy that sampled.
         advantages: [B, T], [B, 1] or [B].
-        mask: [B, T] bool or float; outside it nothing enters s.
-        clip_low, clip_high: distances from 1; the paper takes 3e-4 and 4e-4, since s varies far less than r.
+        mask: [B, T] bool or float; tokens outside it do not enter s.
+        clip_low, clip_high: distances from 1; the paper uses 3e-4 and 4e-4, because s varies far less than r.
 
     Returns:
         loss [B, T], 0 outside the mask, and `ratio` (s at every token), `clip_ratio/low`, `clip_ratio/high`,
@@ -177,7 +177,7 @@ def sapo(
 
         loss_t = -(4 / tau) sigmoid(tau (r - 1)) A_t,   tau = tau_pos where A > 0, else tau_neg
 
-    At r = 1 its gradient is the policy gradient's; away from it the gate closes smoothly.
+    At r = 1 the gradient is the policy gradient; away from r = 1 the gate closes smoothly.
 
     Args:
         logprobs: [B, T] floating, of the current policy.
@@ -196,7 +196,8 @@ def sapo(
     advantages = _per_token(advantages, logprobs)
     log_ratio, sound = _log_ratio(logprobs, old_logprobs, advantages)
     advantages, ratio = torch.where(sound, advantages, 0.0), log_ratio.exp()
-    tau = torch.where(advantages > 0, torch.full_like(ratio, tau_pos), tau_neg)  # two numbers would make float32
+    # `where` of two Python numbers would be float32; full_like keeps the dtype.
+    tau = torch.where(advantages > 0, torch.full_like(ratio, tau_pos), tau_neg)
     gain = torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau) * advantages
     return torch.where(sound, -gain, torch.nan), {"ratio": torch.where(sound, ratio.detach(), torch.nan)}
 
@@ -206,7 +207,7 @@ def value_clipped(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: 
 
         loss_t = max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2
 
-    From OpenAI's baselines (ppo2), not in the PPO paper; TRL's PPO is the same, with its 1/2.
+    It is from OpenAI's baselines (ppo2), not from the PPO paper; TRL's PPO has the same loss, including the 1/2.
 
     Args:
         values: [B, T] floating, of the current critic.
@@ -243,7 +244,7 @@ def _per_token(advantages: Tensor, logprobs: Tensor) -> Tensor:
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log r, 0 where anything is not finite, and where all is. An autograd nan times 0 would be nan."""
+    """Return log r, 0 where an input or r is not finite (a nan would reach the gradient), and a mask of the finite."""
     require_same_shape(logprobs=logprobs, old_logprobs=old_logprobs)
     log_ratio = logprobs - old_logprobs.detach()
     sound = log_ratio.isfinite() & log_ratio.detach().exp().isfinite() & advantages.isfinite()
@@ -253,14 +254,14 @@ def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> tu
 def _clip_statistics(
     ratio: Tensor, advantages: Tensor, sound: Tensor, clip_low: float, clip_high: float
 ) -> dict[str, Tensor]:
-    """Return the statistics of a clipped ratio: the clip counts where it takes the gradient away."""
+    """Return the statistics of a clipped ratio; only clipping that removes the gradient is counted."""
     low = (ratio < 1.0 - clip_low) & (advantages < 0)
     high = (ratio > 1.0 + clip_high) & (advantages > 0)
     return _statistics(ratio, sound, low, high)
 
 
 def _statistics(ratio: Tensor, sound: Tensor, low: Tensor, high: Tensor) -> dict[str, Tensor]:
-    """Return detached [B, T] statistics; the ratio is nan where it is not sound."""
+    """Return detached [B, T] statistics; the ratio is nan where `sound` is false."""
     return {
         "ratio": torch.where(sound, ratio.detach(), torch.nan),
         "clip_ratio/low": _indicator(low, ratio),
@@ -270,12 +271,12 @@ def _statistics(ratio: Tensor, sound: Tensor, low: Tensor, high: Tensor) -> dict
 
 
 def _indicator(condition: Tensor, like: Tensor) -> Tensor:
-    """Return 1 where the condition holds and 0 elsewhere, in `like`'s dtype."""
+    """Return 1 where the condition is true and 0 elsewhere, in `like`'s dtype."""
     return condition.to(like.dtype)
 
 
 def _check_clip(clip_low: float, clip_high: float) -> None:
-    """Refuse clip distances that are not distances from 1."""
+    """Raise `ValueError` for clip distances outside their ranges."""
     if not 0.0 <= clip_low <= 1.0:
         raise ValueError(f"clip_low must be between 0 and 1, the ratio is bounded by 1 - clip_low, got {clip_low}")
     if not clip_high >= 0.0:

@@ -1,7 +1,7 @@
-"""Weights of a likelihood that are made from rewards: best of n, and reward-weighted regression.
+"""Weights of the likelihood, made from rewards: best of n, and reward-weighted regression.
 
-As the advantage of the score function they are weighted maximum likelihood of the policy's own samples. Rows of a group
-stand side by side (row = prompt * group_size + member); a reward of nan means that the completion is not counted.
+Used as the advantage in `score_function`, they give weighted maximum likelihood of the policy's own samples. Rows of a
+group are next to each other (row = prompt * group_size + member); a completion with a reward of nan is not counted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from rlft.functional.shapes import PerCompletion
 def best_of_group(rewards: PerCompletion, *, group_size: int) -> Tensor:
     """Return 1 for the best completion of each group and 0 for the others (RAFT, arXiv:2304.06767; best of n).
 
-    As an advantage of the score function it is maximum likelihood of the best completions: expert iteration. Of equals
-    the first is taken; a group of equal rewards has no best one and is left out.
+    Used as an advantage, it gives maximum likelihood of the best completions: expert iteration. Of equal rewards, the
+    first is taken. A group of equal rewards has no best completion and gets zeros.
 
     Args:
         rewards: [B], row = prompt * group_size + member; nan is not counted.
@@ -41,8 +41,8 @@ def reward_weighted(rewards: PerCompletion, *, group_size: int, beta: float) -> 
 
         w_i = G softmax(r / beta)_i   over the group, so that weights average to 1
 
-    As an advantage of the score function: weighted maximum likelihood. Its target is pi exp(r / beta) / Z, the optimum
-    of the reward under a KL of strength beta to the policy that sampled. A baseline in r cancels in the softmax.
+    Used as an advantage, it gives weighted maximum likelihood. The target is pi exp(r / beta) / Z, which maximises the
+    reward with a KL penalty of strength beta to the policy pi that sampled. A baseline in r cancels in the softmax.
 
     Args:
         rewards: [B], row = prompt * group_size + member; nan is not counted.
@@ -53,7 +53,7 @@ def reward_weighted(rewards: PerCompletion, *, group_size: int, beta: float) -> 
         [B], at least 0; 0 where not counted.
 
     Raises:
-        ValueError: for a group of 1 and a beta that is not positive.
+        ValueError: for a group of 1, and for a beta that is not positive.
     """
     refuse_group_of_one("reward_weighted", group_size)
     if not beta > 0.0:

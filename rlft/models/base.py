@@ -1,4 +1,4 @@
-"""The one contract that every policy fills; the trainer and the rollout engine know a model only through it."""
+"""The contract of every policy: trainer and rollout know a model only through it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from rlft.models.optimizer import AdamW
 class CausalLM(nn.Module, ABC):
     """A causal language model split at its head: `forward` gives hidden states, `head_weight` turns them into logits.
 
-    The split lets the head be applied to completion positions only and in chunks, so `[B, T, V]` is never held.
+    So the head can be applied to completion positions only and in chunks, and `[B, T, V]` is never in memory.
     """
 
     vocab_size: int
     context_length: int  # the largest number of positions, prompt and completion together
     cache_shape: CacheShape
     num_heads: int  # query heads of a layer; several may share a key/value head of `cache_shape`
-    takes_packed: bool = False  # whether attention is left to the cache, so that rows can be forwarded without padding
-    num_last_weights: int = 0  # of the matrices behind the last attention, which see `outputs` alone
-    mask_id: int | None = None  # stands for a hidden token where attention goes both ways; None: it is causal
+    takes_packed: bool = False  # whether any `AttentionCache` will do, so that rows can be forwarded without padding
+    num_last_weights: int = 0  # in the matrices after the last attention, which read the places `outputs` only
+    mask_id: int | None = None  # the id of a hidden token, where attention goes both ways; None: it is causal
 
     @abstractmethod
     def forward(self, input_ids: Tensor, *, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Return the hidden states before the head, `[B, T, C]`, for `input_ids` `[B, T]` int64.
 
-        `positions` is int64 `[B, T]` (or `[1, T]`), 0, 1, 2, … in each row by default. Rows are right-padded: causal
-        attention keeps what is after a row's end from its tokens, so no padding mask is needed.
+        `positions` is int64 `[B, T]` (or `[1, T]`), 0, 1, 2, … in each row by default. Rows are right-padded, and
+        causal attention hides the padding from a row's tokens: no padding mask is needed.
 
-        Where `takes_packed`, `outputs` (int64 `[M]`, all by default) are the places whose states are wanted, and
-        `[B, M, C]` is returned.
+        A model that `takes_packed` also takes `outputs`, int64 `[M]` (all places by default): the places whose states
+        are wanted. It then returns `[B, M, C]`.
         """
 
     @property
@@ -44,14 +44,14 @@ class CausalLM(nn.Module, ABC):
 
     @abstractmethod
     def config_dict(self) -> dict:
-        """The plain values from which the same architecture is built again; stored beside every checkpoint."""
+        """The plain values that rebuild the same architecture; stored in every checkpoint."""
 
     @abstractmethod
     def save_hf(self, directory: str | Path, *, eos_id: int | None = None) -> None:
         """Write config and weights in Hugging Face format, so that `AutoModelForCausalLM` gives the same logits.
 
-        `eos_id` is the tokenizer's end-of-text token, at which `generate` shall stop. A bidirectional model, for which
-        there is no such class, is written as one of our checkpoints instead: `policy.safetensors` alone.
+        `eos_id` is the tokenizer's end-of-text token, at which transformers' `generate` stops. A bidirectional model
+        has no class there, and is written as one of our checkpoints instead: `policy.safetensors` alone.
         """
 
     def num_parameters(self) -> int:
@@ -67,7 +67,7 @@ class CausalLM(nn.Module, ABC):
         head: nn.Module | None = None,
         head_scale: float = 1.0,
     ) -> torch.optim.AdamW:
-        """Return AdamW with decay for matrices and embeddings and none for biases and norms, fused where available.
+        """Return AdamW, fused where available; matrices and embeddings have weight decay, biases and norms none.
 
         A `head` that is trained beside the policy has groups of its own, at `head_scale` times the learning rate (each
         group's `scale`).

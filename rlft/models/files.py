@@ -18,7 +18,7 @@ def read_weights(path: str) -> tuple[dict, dict[str, Tensor]]:
     """Return (config, weights by name) from a local directory or, failing that, from the hub name `path`.
 
     A directory with `policy.safetensors` is one of our checkpoints; one with `config.json` is Hugging Face's. Only
-    safetensors files are read: nothing pickled is ever loaded. Raises `ConfigError` naming the ways on, and
+    safetensors files are read: nothing pickled is ever loaded. Raises `ConfigError` where nothing is found, and
     `CheckpointError` for a file that is damaged or not what its name says.
     """
     directory = local_directory(path)
@@ -34,12 +34,9 @@ def read_weights(path: str) -> tuple[dict, dict[str, Tensor]]:
             f"is in {directory}"
         )
     index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {"all": "model.safetensors"}
     weights = {}
-    for name in names:
+    for name in sorted(set(weight_map.values())):
         if not (directory / name).is_file():
             raise ConfigError(f"model.path={path}: {name} is missing (only safetensors are read, never pickles)")
         weights |= _read_file(directory / name)[0]
@@ -47,7 +44,7 @@ def read_weights(path: str) -> tuple[dict, dict[str, Tensor]]:
 
 
 def checkpoint_config(file: Path) -> dict:
-    """Return the config in one of our checkpoints' `policy.safetensors`; one of `transformers` has a `model_type`."""
+    """Return the config in the `policy.safetensors` of our checkpoints; a transformers model's has a `model_type`."""
     try:
         with safe_open(file, framework="pt") as opened:
             return json.loads((opened.metadata() or {}).get(CONFIG_KEY, "{}"))
@@ -56,7 +53,7 @@ def checkpoint_config(file: Path) -> dict:
 
 
 def local_directory(path: str) -> Path:
-    """Return the directory that `path` names: a package's, a local one, or the hub's, downloaded."""
+    """Return the directory that `path` names: a package's, a local one, or one downloaded from the hub."""
     directory = Path(resolve(path))
     return directory if directory.is_dir() else _download(path)
 

@@ -1,10 +1,10 @@
 """GPT-2 from scratch (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019).
 
 Learned positions, pre-norm blocks, tanh GELU, and a head tied to the token embedding. Modules keep the published names
-(`wte`, `wpe`, `c_attn`, `c_proj`, `ln_f`). It differs from the published code in two ways: projections are `nn.Linear`,
-so Conv1D weights are transposed on their way in and out, and dropout is off by default (an RL update with dropout
-scores another policy than the one that sampled). It can also attend both ways, for masked diffusion: then one more
-embedding, [MASK], is read and never predicted.
+(`wte`, `wpe`, `c_attn`, `c_proj`, `ln_f`). Two things differ from the published code: projections are `nn.Linear`, so
+Conv1D weights are transposed when they are loaded or saved, and dropout is off by default (an RL update with dropout
+would score another policy than the one that sampled). Attention can also go both ways, for masked diffusion: then there
+is one more embedding, [MASK], which is read and never predicted.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rlft.cpu import attention
 from rlft.cpu.gelu import gelu
 from rlft.models.base import CausalLM
 from rlft.models.files import CONFIG_KEY, read_weights
-from rlft.models.kv.base import Cache, CacheShape
+from rlft.models.kv.base import AttentionCache, CacheShape
 
 # Published Conv1D weights are [in, out]; nn.Linear holds [out, in].
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")
-FEW_ROWS, MANY_WEIGHTS = 32, 100_000  # where `Linear` is faster the other way round
+FEW_ROWS, MANY_WEIGHTS = 32, 100_000  # up to so many rows and from so many weights, `Linear` swaps its factors
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class GPT2Config:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, which for a few rows without a gradient takes the product the other way round on a CPU.
+    """nn.Linear, which on a CPU computes W x^T instead of x W^T for a few rows without a gradient.
 
-    MKL packs its second factor before each product: the rows, where they are few, cost less to pack than the weights.
+    MKL packs the second factor before each product, and a few rows cost less to pack than the weights.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ class Attention(nn.Module):
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
         self.is_causal = config.is_causal
 
-    def forward(self, x: Tensor, cache: Cache | None, outputs: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: AttentionCache | None, outputs: Tensor | None = None) -> Tensor:
         y = self.c_proj(_at(outputs, self._attend(self.c_attn(x), cache)))
         return F.dropout(y, self.dropout, self.training)
 
-    def _attend(self, qkv: Tensor, cache: Cache | None) -> Tensor:
+    def _attend(self, qkv: Tensor, cache: AttentionCache | None) -> Tensor:
         """Return `[B, T, C]` from queries, keys and values `[B, T, 3 C]`."""
         dropout = self.dropout if self.training else 0.0
         if cache is not None and cache.segments is not None and not dropout and attention.fits(qkv, self.n_head):
@@ -123,8 +123,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: Cache | None, outputs: Tensor | None = None) -> Tensor:
-        """Return `[B, T, C]`, or `[B, M, C]` of the M places `outputs`: the others are keys and values only."""
+    def forward(self, x: Tensor, cache: AttentionCache | None, outputs: Tensor | None = None) -> Tensor:
+        """Return `[B, T, C]`, or `[B, M, C]` for the M places `outputs`; the others serve as keys and values only."""
         x = _at(outputs, x) + self.attn(self.ln_1(x), cache, outputs)
         return x + self.mlp(self.ln_2(x))
 
@@ -136,9 +136,9 @@ def _at(places: Tensor | None, x: Tensor) -> Tensor:
 class GPT2(CausalLM):
     """GPT-2 with fresh weights: N(0, s), residual projections N(0, s / sqrt(2 n_layer)), biases 0.
 
-    s, the `initializer_range`, is the published 0.02, which suits a width of 768: in a narrow model attention starts
-    with next to no effect. A bidirectional one, which knows a hidden token's surroundings by attention alone, then
-    stays at the frequencies of tokens for long; 1 / sqrt(n_embd) mends it.
+    s is the `initializer_range`. The published 0.02 suits a width of 768; in a narrow model attention starts with next
+    to no effect. A bidirectional model, which sees a hidden token's surroundings by attention alone, then predicts mere
+    token frequencies for a long time; 1 / sqrt(n_embd) is the remedy.
     """
 
     takes_packed = True
@@ -149,7 +149,7 @@ class GPT2(CausalLM):
         self.vocab_size, self.context_length = config.vocab_size, config.n_positions
         self.cache_shape = CacheShape(config.n_layer, config.n_head, config.n_embd // config.n_head)
         self.num_heads = config.n_head
-        self.num_last_weights = 9 * config.n_embd**2 if config.is_causal else 0  # the last block's c_proj and MLP
+        self.num_last_weights = 9 * config.n_embd**2 if config.is_causal else 0  # of the last block's c_proj and MLP
         self.mask_id = None if config.is_causal else config.vocab_size
         self.wte = nn.Embedding(config.vocab_size + int(not config.is_causal), config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -200,7 +200,7 @@ class GPT2(CausalLM):
         input_ids: Tensor,
         *,
         positions: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: AttentionCache | None = None,
         outputs: Tensor | None = None,
     ) -> Tensor:
         T = input_ids.shape[1]
@@ -222,14 +222,14 @@ class GPT2(CausalLM):
     def config_dict(self) -> dict:
         sizes = asdict(self.config)
         if self.config.is_causal:
-            del sizes["is_causal"]  # checkpoints from before it was a setting are causal, and compare equal
+            del sizes["is_causal"]  # older checkpoints do not have it, are causal, and must compare equal
         return sizes
 
     def save_hf(self, directory: str | Path, *, eos_id: int | None = None) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self.mask_id is not None:
-            # transformers has no bidirectional GPT-2: as a causal one it would compute something else without a word.
+            # transformers has no bidirectional GPT-2, and as a causal one this would silently compute something else.
             metadata = {CONFIG_KEY: json.dumps(self.config_dict())}
             save_file(self.state_dict(), directory / "policy.safetensors", metadata=metadata)
             return
@@ -252,14 +252,14 @@ class GPT2(CausalLM):
     def _initialise(self, seed: int, initializer_range: float) -> None:
         if not initializer_range > 0:
             raise ConfigError(f"model.initializer_range must be above 0, got {initializer_range}")
-        # One NumPy stream for each parameter, so that weights depend on (seed, name, shape) and on nothing global.
+        # Each parameter has a random stream of its own: weights depend on (seed, name, shape) and on nothing global.
         residual_std = initializer_range / math.sqrt(2 * self.config.n_layer)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.dim() >= 2:
                     std = residual_std if name.endswith("c_proj.weight") else initializer_range
                     draws = generator(seed, f"init/{name}")
-                    for rows in parameter.split(max(1, 2**18 // parameter[0].numel())):  # not all in float64 at once
+                    for rows in parameter.split(max(1, 2**18 // parameter[0].numel())):  # float64 for a few at a time
                         rows.copy_(torch.from_numpy(draws.standard_normal(rows.shape)) * std)
                 elif name.endswith("bias"):
                     parameter.zero_()

@@ -1,4 +1,4 @@
-"""Heads that are trained beside a policy: value functions, on its trunk or one of their own, and scores of texts."""
+"""Heads that are trained beside a policy: value functions, on its trunk or on their own, and scores of texts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rlft.models.rows import predictors
 
 
 class Head(nn.Module, ABC):
-    """One number (or K) for each counted completion token, from the state that predicts it."""
+    """One number (or K numbers) for each counted completion token, from the hidden state that predicts it."""
 
-    lr_scale: float  # its learning rate, as a multiple of the policy's
+    lr_scale: float  # its learning rate as a multiple of the policy's
 
     @abstractmethod
     def forward(self, hidden: Tensor, rows: Rows) -> Tensor:
@@ -24,9 +24,9 @@ class Head(nn.Module, ABC):
 
 
 class ValueHead(Head):
-    """A linear map of the policy's own hidden state: its loss trains the shared trunk too.
+    """A linear map of the policy's own hidden state, whose loss also trains the shared trunk.
 
-    It starts at zero, so that the first advantages are returns and the first value loss moves the trunk by nothing.
+    It starts at zero: the first advantages are returns, and the first value loss does not move the trunk.
     """
 
     def __init__(self, policy: CausalLM, *, lr_scale: NonNegative = 1.0) -> None:
@@ -38,7 +38,7 @@ class ValueHead(Head):
 
 
 class Critic(Head):
-    """A model of its own with a linear head, begun as a copy of the policy: its loss does not touch the policy."""
+    """A model of its own with a linear head. It starts as a copy of the policy, which its loss does not move."""
 
     def __init__(self, policy: CausalLM, *, lr_scale: NonNegative = 1.0) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Critic(Head):
 class ScoreHead(Head):
     """A linear map of the policy's own hidden state to `num_outputs` numbers: a reward, or the logits of classes.
 
-    It starts at zero: every reward is 0, and every class is as likely as any other.
+    It starts at zero: every reward is 0, and all classes are equally likely.
     """
 
     def __init__(self, policy: CausalLM, *, num_outputs: int = 1, lr_scale: float = 1.0) -> None:

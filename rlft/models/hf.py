@@ -1,9 +1,9 @@
 """Any causal model of Hugging Face's `transformers`, behind the contract that rollout and update know (`base.py`).
 
-The model keeps its own layers; only its cache is ours, so a prompt is forwarded once for its whole group here as well.
-What it may attend to is always handed over as an explicit 4-D mask, and positions as ids, which models that follow
-Llama's or GPT-2's code take. Whether a model does is tried once, when it is loaded: it must give its own logits in
-every way that rollout and update call it, or it is refused.
+The model keeps its own layers; only its cache is ours, so that here too a prompt is forwarded once for its whole group.
+The model is always given an explicit 4-D mask and position ids, which models that follow Llama's or GPT-2's code take.
+This is tried once, when a model is loaded: called as rollout and update call it, it must give its own logits, or it is
+refused.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ from rlft.models.base import CausalLM
 from rlft.models.files import checkpoint_config, local_directory
 from rlft.models.kv.base import Cache, CacheShape
 from rlft.models.kv.copied import DecodeCache
-from rlft.models.kv.prefix import PrefixCache
-from rlft.models.rows import predictors
+from rlft.models.rows import predictors, prefill
 
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "architectures")  # say nothing of the architecture
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "architectures")  # do not decide the architecture
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-logging.disable_progress_bar()  # it would write across the run's own display
-ALLOWED_DIFFERENCE = 1e-3  # of the adapter's logits from the model's own, in their standard deviations, float32
+logging.disable_progress_bar()  # it would write into the run's own display
+ALLOWED_DIFFERENCE = 1e-3  # between the adapter's logits and the model's own, in standard deviations of these, float32
 
 
 class HFCausalLM(CausalLM):
-    """A `transformers` causal model; slower than `GPT2` where its own code is, the same to everything else.
+    """A `transformers` causal model; its own code may be slower than `GPT2`, and nothing else differs.
 
-    Dropout is off unless asked for. Where layers attend within a window, `context_length` is at most the window, inside
-    which that is the same as attending to everything.
+    Dropout is off unless asked for. Where layers attend within a window, `context_length` is at most the window:
+    within it they attend to everything.
     """
 
     whole: PreTrainedModel
@@ -53,14 +52,14 @@ class HFCausalLM(CausalLM):
         if head is None or getattr(head, "bias", None) is not None:
             raise ConfigError(f"{type(model).__name__} cannot be used: its head is no matrix without a bias")
         self.base = model.base_model
-        # What forward calls it: transformers renamed it in 5.24, model by model, and takes the old name up to 5.40.
+        # The argument's name: transformers renamed it in 5.24, model by model, and accepts the old one up to 5.40.
         self._cache = "cache" if "cache" in inspect.signature(self.base.forward).parameters else "past_key_values"
         is_tied = head.weight is self.base.get_input_embeddings().weight
         self.head: nn.Module | None = None if is_tied else head
-        # For its config and its way of saving; not a submodule, which would name every weight twice.
+        # Kept for its config and `save_pretrained`, but not as a submodule, which would name every weight twice.
         object.__setattr__(self, "whole", model)
         _set_dropout(self.base, dropout)
-        # Sampling is rlft's: a model's own defaults of it are not kept, some of which transformers refuses to save.
+        # rlft does the sampling: a model's own defaults are dropped, as transformers refuses to save some of them.
         model.generation_config = GenerationConfig.from_model_config(model.config)
         self.vocab_size = head.weight.shape[0]
         self.context_length, self.num_heads = _context_length(config), config.num_attention_heads
@@ -108,7 +107,7 @@ class HFCausalLM(CausalLM):
                 raise ValueError(f"{T} tokens do not fit the model's {self.context_length} positions")
             positions = torch.arange(T, device=input_ids.device)[None]
         mask = cache.mask(T) if cache is not None else None
-        if mask is None:  # one new token sees all slots, several see each other in order
+        if mask is None:  # a single new token sees all slots; several see each other causally
             mask = torch.ones(1, 1, T, T + (cache.used if cache else 0), dtype=torch.bool, device=input_ids.device)
             mask = mask if T == 1 else mask.tril()
         return self.base(
@@ -130,13 +129,13 @@ class HFCausalLM(CausalLM):
             for config in configs:
                 config.eos_token_id = config.eos_token_id if eos_id is None else eos_id
             self.whole.save_pretrained(directory)
-        finally:  # the run may go on, and its checkpoints name the config
+        finally:  # the run may go on, and its checkpoints hold the config
             for config, eos in zip(configs, before, strict=True):
                 config.eos_token_id = eos
 
 
 class _Bridge:
-    """Our cache as a `transformers` model's attention layers call one."""
+    """Our cache with the methods that a `transformers` model's attention layers call."""
 
     is_compileable = False
 
@@ -159,7 +158,7 @@ def _from_checkpoint(file: Path) -> PreTrainedModel:
     )
     weights = load_file(file)
     named = {"base": model.base_model}
-    if any(name.startswith("head.") for name in weights):  # none where the head is the token embedding
+    if any(name.startswith("head.") for name in weights):  # there are none where the head is the token embedding
         named["head"] = model.get_output_embeddings()
     for prefix, module in named.items():
         own = {name.removeprefix(f"{prefix}."): w for name, w in weights.items() if name.startswith(f"{prefix}.")}
@@ -171,7 +170,7 @@ def _from_checkpoint(file: Path) -> PreTrainedModel:
 
 
 def _context_length(config: PreTrainedConfig) -> int:
-    """Return the positions that there are, or the narrowest window that any layer attends within."""
+    """Return the number of positions, or the narrowest window of any layer where that is less."""
     length = getattr(config, "max_position_embeddings", None)
     if length is None or not hasattr(config, "num_attention_heads"):
         raise ConfigError(f"{config.model_type} cannot be used: its config names no positions or no attention heads")
@@ -180,7 +179,7 @@ def _context_length(config: PreTrainedConfig) -> int:
     if unknown:
         raise ConfigError(f"{config.model_type} cannot be used: it has layers of {', '.join(sorted(unknown))}")
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":  # beyond it, all angles change with the longest row of a call
+    if rope.get("rope_type") == "longrope":  # beyond this length all angles depend on a call's longest row
         length = min(length, rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
     windows = [getattr(config, _WINDOWS[kind], None) for kind in types if kind in _WINDOWS]
     if not types and getattr(config, "use_sliding_window", True):
@@ -189,7 +188,7 @@ def _context_length(config: PreTrainedConfig) -> int:
 
 
 def _set_dropout(model: nn.Module, p: float) -> None:
-    """Set every dropout: the modules, and the numbers that layers, or their config, hand to a kernel."""
+    """Set every dropout: of modules, and the numbers that layers or their config pass to a kernel."""
     for module in (*model.modules(), model.config):
         if isinstance(module, nn.Dropout):
             module.p = p
@@ -200,7 +199,7 @@ def _set_dropout(model: nn.Module, p: float) -> None:
 
 @torch.no_grad()
 def _check(adapter: HFCausalLM, model: PreTrainedModel, *, dropout: float) -> None:
-    """Compare the adapter with the model's own logits, prompts shared and token by token; it must draw no noise."""
+    """Compare the adapter's logits with the model's own, for an update and for decoding, and refuse random noise."""
     was_training = model.training
     model.eval()
     draws = torch.Generator().manual_seed(0)
@@ -236,9 +235,8 @@ def _check(adapter: HFCausalLM, model: PreTrainedModel, *, dropout: float) -> No
 
 
 def _stepped(policy: HFCausalLM, rows: Rows) -> Tensor:
-    """Return the states that predict the completions, `[B, T, C]`, decoded a token at a time as rollout does."""
-    prefix = PrefixCache(rows.prompt_lengths)
-    last = policy(rows.prompt_ids, cache=prefix)[torch.arange(len(rows.prompt_ids)), rows.prompt_lengths - 1]
+    """Return the states that predict the completions, `[B, T, C]`, token by token as rollout computes them."""
+    last, prefix = prefill(policy, rows.prompt_ids, rows.prompt_lengths)
     states, positions = [last[rows.prompt_of_row]], rows.prompt_lengths[rows.prompt_of_row]
     num_new = rows.completion_ids.shape[1]
     cache = DecodeCache(prefix, rows.prompt_of_row, max_new_tokens=num_new, shape=policy.cache_shape)

@@ -1,4 +1,4 @@
-"""Likelihood of given text: blocks as rows to score, and the mean loss a token over many of them."""
+"""The likelihood of given text: blocks as rows to score, and the mean loss per token over many of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EVAL_ROWS = 32  # rows in one forward of an evaluation
 
 
 def text_rows(blocks: Tensor) -> Rows:
-    """View blocks `[B, T + 1]` as B one-token prompts with T counted tokens each."""
+    """Return blocks `[B, T + 1]` as B one-token prompts with T counted tokens each."""
     num_rows = torch.arange(len(blocks), device=blocks.device)
     targets = blocks[:, 1:]
     return Rows(blocks[:, :1], torch.ones_like(num_rows), num_rows, targets, torch.ones_like(targets, dtype=torch.bool))
@@ -24,7 +24,7 @@ def text_rows(blocks: Tensor) -> Rows:
 
 @torch.no_grad()
 def mean_loss(model: CausalLM, pieces: Iterable[Rows]) -> float:
-    """Return the mean negative log-likelihood of the counted tokens of all pieces, nats a token."""
+    """Return the mean negative log-likelihood of the counted tokens of all pieces, in nats per token."""
     scorer, total, count = Scorer(model), 0.0, 0
     for rows in pieces:
         total -= float(scorer(rows).logprobs.double().sum())  # 0 where nothing counts
@@ -33,7 +33,7 @@ def mean_loss(model: CausalLM, pieces: Iterable[Rows]) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), inf where that overflows: a diverged model has one too."""
+    """Return exp(loss), inf where that overflows, as a diverged model's does."""
     return math.exp(loss) if loss < 700 else math.inf
 
 

@@ -1,26 +1,23 @@
-"""torch's AdamW, without torch's compiler.
+"""torch's AdamW without torch's compiler.
 
 torch wraps an optimizer's methods so that torch.compile leaves them alone, and the wrappers import the compiler at
-their first call: more than a second of every start, for code that nothing here uses.
+their first call. That would take more than a second of every start, and nothing here uses it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 _Base = torch.optim.AdamW
-
-
-def _inner(method: Callable[..., Any]) -> Any:
-    return inspect.unwrap(method)
+_inner = cast(Callable[..., Any], inspect.unwrap)
 
 
 class AdamW(_Base):
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), the same as torch.optim.AdamW in all that it computes."""
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101); computes the same as torch.optim.AdamW."""
 
     add_param_group = _inner(_Base.add_param_group)
     load_state_dict = _inner(_Base.load_state_dict)

@@ -1,7 +1,7 @@
-"""The policy with its log-probability head, as one module: a micro-batch is one forward, whatever it needs inside.
+"""The policy with its log-probability head as one module, so that a micro-batch is one forward.
 
-DDP and FSDP hook a module's forward. Wrapping policy and head together lets them see a single call, although a prompt
-and its completions may be two passes through the policy.
+DDP and FSDP hook a module's forward. They see a single call, although prompts and completions may be two forwards of
+the policy inside.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rlft.models.rows import predictors
 
 @dataclass(frozen=True)
 class Scores:
-    """Per-token results for the completion tokens; 0 outside the mask."""
+    """Results for each completion token; 0 outside the mask."""
 
-    logprobs: Tensor  # [B, T] log pi(token | what is before it), at the given temperature
+    logprobs: Tensor  # [B, T] log pi(token | tokens before it), at the given temperature
     entropy: Tensor  # [B, T] nats, of the whole next-token distribution
     hidden: Tensor  # [N, C] the hidden states that predict the N counted tokens, row by row
-    values: Tensor | None = None  # [B, T] of the head, where there is one; [B, T, K] of one with K outputs
+    values: Tensor | None = None  # [B, T] of the head, if there is one; [B, T, K] if it has K outputs
 
 
 class Scorer(nn.Module):
@@ -38,29 +38,22 @@ class Scorer(nn.Module):
         self.policy, self.head = policy, head
 
     def forward(
-        self,
-        rows: Rows,
-        *,
-        temperature: float = 1.0,
-        entropy_grad: bool = False,
-        noised_ids: Tensor | None = None,
+        self, rows: Rows, *, temperature: float = 1.0, entropy_grad: bool = False, noised_ids: Tensor | None = None
     ) -> Scores:
         """Score the counted tokens; `noised_ids` [B, T] are the completions as a bidirectional policy reads them."""
         mask = rows.completion_mask
         hidden = predictors(self.policy, rows) if noised_ids is None else denoisers(self.policy, rows, noised_ids)
-        logprobs, entropy = token_logprobs(
-            hidden, self.policy.head_weight, rows.completion_ids[mask], temperature=temperature,
-            entropy_grad=entropy_grad,
-        )  # fmt: skip
+        weight, targets = self.policy.head_weight, rows.completion_ids[mask]
+        logprobs, entropy = token_logprobs(hidden, weight, targets, temperature=temperature, entropy_grad=entropy_grad)
         values = None if self.head is None else scatter(self.head(hidden, rows), mask)
         return Scores(scatter(logprobs, mask), scatter(entropy, mask), hidden, values)
 
 
 def denoisers(policy: CausalLM, rows: Rows, noised_ids: Tensor) -> Tensor:
-    """Return `[N, C]`: a bidirectional policy's hidden states at the N counted completion tokens' own places.
+    """Return `[N, C]`: a bidirectional policy's hidden states at the places of the N counted completion tokens.
 
-    `noised_ids` `[B, T]` are the completions with `policy.mask_id` where a token is hidden. Nothing hides padding: all
-    prompts must be of one length, and all completions.
+    `noised_ids` `[B, T]` are the completions with `policy.mask_id` where a token is hidden. Padding is not masked, so
+    all prompts must have one length, and all completions another.
     """
     prompts = rows.prompt_ids[rows.prompt_of_row]
     return policy(torch.cat([prompts, noised_ids], dim=1))[:, prompts.shape[1] :][rows.completion_mask]

@@ -2,12 +2,12 @@
 
     p(b | a) = (c(a, b) + alpha p(b)) / (c(a) + alpha),    p(b) = (c(b) + 1) / (N + V)
 
-c(a, b) is how often b follows a, c(a) and c(b) are how often a token occurs, N is how many tokens there are. It is the
-estimate under a Dirichlet prior with the unigram distribution as its mean (MacKay & Peto, "A hierarchical Dirichlet
-language model", Natural Language Engineering 1(3), 1995), in other words bigram and unigram frequencies interpolated,
-lambda p_ML(b | a) + (1 - lambda) p(b) with lambda = c(a) / (c(a) + alpha) (Chen & Goodman, "An empirical study of
-smoothing techniques for language modeling", TR-10-98, 1998). It differs from MacKay & Peto in that alpha is given and
-the unigram is smoothed by adding one, so that no probability is zero and every KL is finite.
+c(a, b) counts how often b follows a, c(a) and c(b) count tokens, and N is the number of all tokens. This is the
+estimate under a Dirichlet prior whose mean is the unigram distribution (MacKay & Peto, "A hierarchical Dirichlet
+language model", Natural Language Engineering 1(3), 1995). In other words, bigram and unigram frequencies are
+interpolated, lambda p_ML(b | a) + (1 - lambda) p(b) with lambda = c(a) / (c(a) + alpha) (Chen & Goodman, "An empirical
+study of smoothing techniques for language modeling", TR-10-98, 1998). Unlike in MacKay & Peto, alpha is given and the
+unigram is smoothed by adding one, so that no probability is zero and every KL is finite.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from rlft.data.text import TextData
 from rlft.models.base import CausalLM
 from rlft.models.kv.base import Cache, CacheShape
 
-LARGEST_VOCABULARY = 8192  # 256 MiB of float32 for the table, and as much again for each 8,192 tokens that are scored
+LARGEST_VOCABULARY = 8192  # the table takes 256 MiB of float32, and scoring as much for every 8,192 tokens
 
 
 class Corpus(Protocol):
-    """Data whose whole training texts can be read (`PromptData`, whose prompts may be openings only; `TextData`)."""
+    """Data whose whole training texts can be read: `TextData`, and `PromptData` even if prompts are openings only."""
 
     @property
     def source(self) -> Source: ...
@@ -41,12 +41,12 @@ class Corpus(Protocol):
 class Bigram(CausalLM):
     """A frozen table of next-token log-probabilities behind the contract of a policy.
 
-    A token's hidden state is its row of the table, so C = V and the head is the identity. Positions and what came
-    before the last token play no part; the cache is kept in step with keys and values of no width.
+    A token's hidden state is its row of the table, so C = V and the head is the identity. Positions and earlier tokens
+    play no part; the cache is given keys and values of width 0, so that it counts its slots.
 
     Arguments:
         log_probs: [V, V] floating, log p(next | token) in nats at [token, next].
-        context_length: that of the policy which it stands beside.
+        context_length: the policy's.
     """
 
     log_probs: Tensor
@@ -66,9 +66,9 @@ class Bigram(CausalLM):
 
     @property
     def head_weight(self) -> Tensor:
-        """The identity `[V, V]`: sparse on a CPU, where that is three times faster and gives the same bits.
+        """The identity `[V, V]`; on a CPU it is sparse, which is three times faster and gives the same bits.
 
-        On a GPU the dense product takes a millisecond; the sparse one is not implemented in bfloat16 (pytorch#144040).
+        On a GPU the dense product takes a millisecond, and the sparse one has no bfloat16 (pytorch#144040).
         """
         like, V = self.log_probs, self.vocab_size
         if like.device.type != "cpu":
@@ -84,13 +84,13 @@ class Bigram(CausalLM):
 
 
 def bigram(policy: CausalLM, *, data: Corpus, tokenizer: Encoder, alpha: float) -> Bigram:
-    """Return a bigram model of the training split's whole texts, each of which ends with the end-of-text token.
+    """Return a bigram model of the training split's whole texts, each with the end-of-text token at its end.
 
     Arguments:
         policy: gives the vocabulary, the context, dtype and device.
         data: its source's training texts are counted; their ids are kept in the cache directory.
         tokenizer: turns them into ids.
-        alpha: how many observations of a token the unigram distribution weighs as much as; > 0.
+        alpha: the weight of the unigram distribution, as a number of observations of the token; > 0.
 
     Raises `ConfigError` for an `alpha` that is not positive or a vocabulary above `LARGEST_VOCABULARY`, `DataError`
     where there is no text.
@@ -114,8 +114,7 @@ def bigram(policy: CausalLM, *, data: Corpus, tokenizer: Encoder, alpha: float) 
 def pair_counts(tokens: np.ndarray, *, vocab_size: int) -> Tensor:
     """Return how often each token follows each, int64 `[V, V]` at [token, next], from tokens `[T]` read as a ring.
 
-    In a ring every token is a context once and a target once, and the end of the last text is followed by the start
-    of the first, as the end of any other text is by the start of the next.
+    In a ring every token is a context once and a target once: the first text follows the last one.
     """
     pairs = tokens.astype(np.int64) * vocab_size + np.roll(tokens, -1)
     return torch.from_numpy(np.bincount(pairs, minlength=vocab_size**2)).view(vocab_size, vocab_size)

@@ -1,4 +1,4 @@
-"""Frozen references, against which KL is measured; `bigram.py` beside this file has the one that is counted."""
+"""Frozen references against which KL is measured; `bigram.py` beside this file has one that is counted from data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlft.text.huggingface import huggingface
 
 
 def initial(policy: CausalLM) -> CausalLM:
-    """Return a frozen copy of `policy` as it is now; a resumed run makes it from the same starting weights."""
+    """Return a frozen copy of `policy` as it is now; a resumed run copies the same starting weights."""
     return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
@@ -29,7 +29,7 @@ def none(policy: CausalLM) -> None:
 def random(policy: CausalLM, *, seed: CountOrZero) -> CausalLM:
     """Return a frozen model of the policy's architecture with the fresh weights of `seed`.
 
-    Raises `ConfigError` where they are the policy's own weights, or its architecture is not GPT-2's.
+    Raises `ConfigError` where these are the policy's own weights, or where the policy is no GPT-2.
     """
     if not isinstance(policy, GPT2):
         raise ConfigError(
@@ -45,11 +45,11 @@ def random(policy: CausalLM, *, seed: CountOrZero) -> CausalLM:
 def checkpoint(policy: CausalLM, *, tokenizer: Encoder, path: str) -> CausalLM:
     """Return the frozen model at `path`, of the policy's class: a run's checkpoint, an exported one, or a hub name.
 
-    Its vocabulary must be the policy's. The size is checked always, the tokens themselves where a local directory
-    holds a `tokenizer.json` (as `<run directory>/model` does; a checkpoint of ours has none).
+    Its vocabulary must be the policy's: the size is always checked, and the tokens where a local directory has a
+    `tokenizer.json` (`<run directory>/model` has one, a checkpoint of ours has none).
 
-    Raises `ConfigError` for another vocabulary, a context shorter than the policy's, or a path that holds no model,
-    `CheckpointError` for one that is damaged.
+    Raises `ConfigError` for another vocabulary, a context shorter than the policy's, or a path without a model, and
+    `CheckpointError` for a damaged one.
     """
     kind: Any = type(policy)
     try:

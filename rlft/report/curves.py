@@ -1,4 +1,4 @@
-"""Curves over training, and of reward against KL, with a 95 % band over seeds."""
+"""Plots: metrics over training, and reward against KL, with 95 % confidence bands over seeds."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file, no window
+matplotlib.use("Agg")  # draws into files, without a window
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
 from rlft.core.errors import ConfigError, nearest
-from rlft.report.runs import Run
-from rlft.report.table import KL, REWARD, interval
+from rlft.report.markdown import KL, REWARD, interval
+from rlft.report.runs import FinishedRun
 
-STYLES = ("-", "--", ":")  # with ten colours: thirty settings that can be told apart
-MOST_BANDS = 6  # settings of which the intervals are drawn; with more, bands hide the lines, and the table has them
-WIDE_KL = 20.0  # nats; from here on the KL's axis is logarithmic above 1
-SMOOTHED = 50  # points of a training curve; each is the mean of the rows that it stands for
+STYLES = ("-", "--", ":")  # together with ten colours, they distinguish thirty settings
+MOST_BANDS = 6  # with more settings, bands would hide the lines and are not drawn; the table has the intervals
+WIDE_KL = 20.0  # nats; if the KL's axis is longer, it is logarithmic above 1
+SMOOTHED = 50  # points of a training curve; each is the mean of a block of rows
 
 
-def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> None:
+def draw(groups: dict[str, list[FinishedRun]], path: Path, *, reward: str = REWARD) -> None:
     """Draw `reward` over completion tokens (left) and against the KL per completion (right) into a PNG file.
 
-    Lines are means over seeds, evaluation by evaluation; bands, of few settings, their 95 % intervals; points are
-    single runs'. Runs without `reward`, such as supervised ones, are left out.
+    Lines are means over seeds at each evaluation, bands their 95 % intervals (drawn for few settings), and points are
+    single runs. Runs without `reward`, such as supervised ones, are left out.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4 + 0.15 * max(0, len(groups) - 5)), layout="constrained")
     for (name, runs), style in zip(groups.items(), _styles(), strict=False):
         rows = list(zip(*([row for row in run.evaluations if reward in row] for run in runs), strict=False))
         if not rows:
             continue
-        if len(rows) == 1:  # a policy that was only evaluated has no place on the left
+        if len(rows) == 1:  # a policy that was only evaluated is not drawn on the left
             rows = [tuple(row | {"num_tokens": math.nan} for row in rows[0])]
         tokens, values = ([[row.get(key, 0) for row in at] for at in rows] for key in ("num_tokens", reward))
         _band(left, tokens, values, label=name, is_shown=len(groups) <= MOST_BANDS, **style)
@@ -53,10 +53,10 @@ def draw(groups: dict[str, list[Run]], path: Path, *, reward: str = REWARD) -> N
     _save(figure, [left, right], path)
 
 
-def draw_training(groups: dict[str, list[Run]], path: Path, metrics: Sequence[str]) -> None:
-    """Draw metrics of metrics.jsonl over tokens, a panel for each, into a PNG file; lines and bands as in `draw`.
+def draw_training(groups: dict[str, list[FinishedRun]], path: Path, metrics: Sequence[str]) -> None:
+    """Draw metrics of metrics.jsonl over tokens, each in its own panel, into a PNG file; lines and bands as in `draw`.
 
-    Rows are averaged in blocks, about 50 for a run. Raises `ConfigError` for a metric that no run has.
+    Rows are averaged in about 50 blocks per run. Raises `ConfigError` for a metric that no run has.
     """
     known = sorted({key for runs in groups.values() for run in runs for row in run.rows for key in row})
     for metric in metrics:
@@ -77,7 +77,7 @@ def draw_training(groups: dict[str, list[Run]], path: Path, metrics: Sequence[st
 
 
 def _blocks(rows: list[dict], metric: str, size: int) -> list[tuple[float, float]]:
-    """Return mean tokens and mean value of each block of `size` rows; a row before any token stands alone."""
+    """Return the mean tokens and mean value of each block of `size` rows; the first row is a block of its own."""
     first, rest = rows[:1], rows[1:]
     blocks = ([first] if first else []) + [rest[i : i + size] for i in range(0, len(rest), size)]
     return [
@@ -87,7 +87,7 @@ def _blocks(rows: list[dict], metric: str, size: int) -> list[tuple[float, float
 
 
 def _band(axes: Any, x: list[list[float]], y: list[list[float]], *, label: str, is_shown: bool, **style: Any) -> None:
-    """Plot means over seeds with their intervals; `x` and `y` hold a list of the seeds' values for each point."""
+    """Plot means over seeds with their intervals; `x` and `y` hold, for each point, the list of the seeds' values."""
     places = [sum(values) / len(values) for values in x]
     means, halves = zip(*map(interval, y), strict=True)
     axes.plot(places, means, marker="." if len(places) <= SMOOTHED / 2 else None, label=label, **style)

@@ -1,4 +1,4 @@
-"""Finished runs, read from their directories and gathered by name: seeds of one setting are one group."""
+"""Finished runs, read from their directories and grouped by name; the runs of a group differ only in their seed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import yaml
 
 from rlft.core.errors import ConfigError
 
-# What differs between runs of one setting.
+# Settings that may differ between the runs of a group.
 _OF_A_RUN = {"seed", "run_dir", "resume", "dry_run", "tracker", "hardware", "log_every", "keep", "save_every"}
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """One finished run directory."""
 
     directory: Path
@@ -50,18 +50,18 @@ class Run:
         return [row for row in rows if row["step"] == step and row.get("split") == "eval"]
 
 
-def read_groups(paths: list[Path]) -> dict[str, list[Run]]:
+def read_groups(paths: list[Path]) -> dict[str, list[FinishedRun]]:
     """Return the finished runs at or below `paths`, by name and then by seed.
 
-    Raises `ConfigError` where a path holds none, or where two runs of one name have the same seed.
+    Raises `ConfigError` if a path holds none, or if two runs of a name have the same seed.
     """
-    groups: dict[str, dict[int, Run]] = {}
+    groups: dict[str, dict[int, FinishedRun]] = {}
     for path in paths:
         found = sorted(path.rglob("summary.json"))
         if not found:
             raise ConfigError(f"{path} holds no finished run (no summary.json at or below it)")
         for file in found:
-            run = Run(file.parent, json.loads(file.read_text()))
+            run = FinishedRun(file.parent, json.loads(file.read_text()))
             _check_settings(run, groups.get(run.name, {}))
             other = groups.setdefault(run.name, {}).setdefault(run.seed, run)
             if other.directory.resolve() != run.directory.resolve():
@@ -71,10 +71,10 @@ def read_groups(paths: list[Path]) -> dict[str, list[Run]]:
     return {name: [runs[seed] for seed in sorted(runs)] for name, runs in groups.items()}
 
 
-def _check_settings(run: Run, others: dict[int, Run]) -> None:
-    """Refuse a run whose settings differ from those of its group: they are not seeds of one setting.
+def _check_settings(run: FinishedRun, others: dict[int, FinishedRun]) -> None:
+    """Raise `ConfigError` for a run whose settings differ from those of the other runs of its group.
 
-    A run of no steps evaluates another run's policy: its model is not a setting.
+    The model of a run of no steps may differ, because such a run evaluates the policy of another run.
     """
     of_a_run = _OF_A_RUN | ({"model"} if run.summary.get("steps") == 0 else set())
     for other in others.values():

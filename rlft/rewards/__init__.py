@@ -1,6 +1,7 @@
-"""Rewards, one a file, each with TRL's call signature; `compose.py` adds them up.
+"""Rewards, one in each file, with TRL's call signature; `compose.py` adds them up.
 
-A reward is anything that is called with the keywords `prompts`, `completions` (B strings each), `completion_ids`
-(B lists of token ids; an end token that was generated is among them) and every other column of the data (lists of B
-values), and that returns one float, or None for "not counted", for each completion.
+A reward is a callable with the keywords `prompts`, `completions` (B strings each), `completion_ids` (B lists of token
+ids, which include a generated end token) and every other column of the data (lists of B values). It returns one float
+for each completion, or None for "not counted". A token-level reward returns a list of floats for each completion. The
+signature of a reward names the keywords that it reads; `**columns` takes the others.
 """

@@ -1,32 +1,30 @@
-"""A verifier for data with one right answer: whether the completion is it, or how much of it stands at its place."""
+"""A verifier for data with one right answer: is the completion that answer, or how many of its characters are right?"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rlft.core.errors import ConfigError, RewardError, nearest
+from rlft.core.errors import ConfigError, RewardError, check_choice
 
 MODES = ("exact", "fraction", "characters")
 
 
 class Answer:
-    """How right a completion is.
+    """Compares a completion with the column `answer`.
 
-    `exact`: 1 where the completion, white space aside, is the `answer` column, else 0. `fraction`: the share of
-    places, of the longer of the two, at which both have the same character. `characters`: a token-level reward for
-    tokenizers of characters, 1 / (len(answer) + 1) at each token that is the answer's character at its place, and at
-    the end-of-text token behind the whole answer's length.
+    `exact`: 1 if they are equal apart from white space at the ends, else 0. `fraction`: the number of positions at
+    which both have the same character, divided by the length of the longer one. `characters`: a token-level reward for
+    character tokenizers, 1 / (len(answer) + 1) for each token that is the answer's character at its position, and for
+    an end-of-text token if the completion is as long as the answer.
     """
 
     def __init__(self, *, mode: str = "exact") -> None:
         """Raises `ConfigError` for an unknown mode."""
-        if mode not in MODES:
-            raise ConfigError(f"reward.answer.mode={mode} is not one of {', '.join(MODES)}{nearest(mode, MODES)}")
+        check_choice("reward.answer.mode", mode, MODES)
         self.mode = mode
 
     def __call__(
         self,
-        prompts: list[str],
         completions: list[str],
         completion_ids: list[list[int]],
         answer: list[Any] | None = None,
@@ -47,7 +45,7 @@ class Answer:
 
 
 def _characters(text: str, num_tokens: int, answer: str) -> list[float]:
-    """Return a value for each token; the last one is the end of the text where it is no character."""
+    """Return a value for each token; a token more than there are characters is the end-of-text token."""
     if not len(text) <= num_tokens <= len(text) + 1:
         raise RewardError(f"{text!r} has {len(text)} characters in {num_tokens} tokens: this needs a token for each")
     is_right = [i < len(answer) and text[i] == answer[i] for i in range(len(text))]

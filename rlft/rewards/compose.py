@@ -1,7 +1,7 @@
-"""The weighted sum of rewards, with each reward's result checked and its time limited.
+"""The weighted sum of rewards; the result of each reward is checked, and its time is limited.
 
-The sum follows TRL's `GRPOTrainer` (None is not counted, as by `nansum`) but for one case: a completion that no reward
-counts gets nan here, not 0, so that it can be left out instead of being trained towards.
+The sum follows TRL's `GRPOTrainer` (None is not counted, as in `nansum`), with one difference: a completion that no
+reward counts gets nan, not 0, so that it can be left out of training.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import torch
 from rlft.core.errors import ConfigError, DataError, RewardError, RlftError, nearest
 
 OWN_KEYWORDS = ("prompts", "completions", "completion_ids")
-MESSAGES = "prompt_messages"  # handed to a reward that names it: each prompt's conversation, or None
+MESSAGES = "prompt_messages"  # each prompt's conversation or None, for rewards that have a parameter of this name
 LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass
 class RewardOutput:
-    """What `RewardSum` returns, on the CPU.
+    """The rewards of B completions, on the CPU.
 
-    total: `[B]` float32, sum over i of weight_i * reward_i; nan where no reward counts (the caller leaves the row out).
-    components: name -> `[B]` float32, each reward before its weight; nan where it returned None. A token-level reward's
-        is the sum over the completion.
-    tokens: `[B]` lists, the weighted sum of the token-level rewards at each token, which `total` holds too; None where
-        no reward is token-level.
+    total: `[B]` float32, the sum over i of weight_i * reward_i; nan for a completion that no reward counts.
+    components: name -> `[B]` float32, each reward before its weight; nan where it returned None. For a token-level
+        reward it is the sum over the completion.
+    tokens: B lists with the weighted sum of the token-level rewards at each token, which is part of `total` as well;
+        None if no reward is token-level.
     """
 
     total: torch.Tensor
@@ -45,20 +45,20 @@ class RewardOutput:
 class RewardSum:
     """`total = sum_i weight_i * reward_i` over the rewards that are not None, added in float64, kept in float32.
 
-    A reward of weight 0 is computed and logged and decides nothing: a row that only such rewards count is nan, as if
-    they were not there (unless all weights are 0).
+    A reward of weight 0 is computed and logged, but has no effect: a row that only such rewards count is nan (unless
+    all weights are 0).
     """
 
     def __init__(
         self, rewards: Mapping[str, Callable[..., Any]], *, weights: Mapping[str, float], timeouts: Mapping[str, float]
     ) -> None:
-        """Arguments, all with the same names as keys:
+        """Arguments, which all have the rewards' names as keys:
 
         rewards: callables with TRL's signature.
         weights: finite numbers.
-        timeouts: seconds that one call (over all B completions) may take.
+        timeouts: seconds that one call (for all B completions) may take.
 
-        Raises `ConfigError` if a name is missing or unknown, or a value is not allowed.
+        Raises `ConfigError` for a missing or unknown name, and for a value that is not allowed.
         """
         if not rewards:
             raise ConfigError("no reward is given; name at least one, such as reward=sentiment")
@@ -96,18 +96,18 @@ class RewardSum:
             prompts, completions: B strings each.
             completion_ids: B lists of token ids, a generated end token included.
             columns: the other columns of the data, B values each; every reward gets them as keywords.
-            messages: the conversation that each prompt was rendered from, or None; a reward that names the keyword
-                `prompt_messages` gets them.
+            messages: the conversation that each prompt was rendered from, or None; for rewards that have a parameter
+                `prompt_messages`.
 
-        Raises `RewardError`, which names the reward and the row, if a reward raises, takes too long, or returns another
-        number of values than B or a value that is neither None nor a finite number; `ConfigError` or `DataError` where
-        a reward raises one; `DataError` for a column named as one of the three lists; `ValueError` if the arguments'
-        lengths differ.
+        Raises `RewardError`, with the names of the reward and the row, if a reward raises an error, takes too long,
+        returns a wrong number of values, or returns a value that is neither None nor a finite number. A `ConfigError`
+        or `DataError` of a reward keeps its type. Raises `DataError` for a column with the name of a reward's own
+        argument, and `ValueError` if the lengths of the arguments differ.
         """
         _check_lengths(completions, {"prompts": prompts, "completion_ids": completion_ids, **columns}, columns)
         rows, tokens = [], None
         for name, reward in self.rewards.items():
-            arguments = {  # copies: a reward that sorts or edits its lists must not change what the next one sees
+            arguments = {  # copies, so that a reward that changes its lists does not affect the next one
                 "prompts": list(prompts),
                 "completions": list(completions),
                 "completion_ids": [list(ids) for ids in completion_ids],
@@ -135,16 +135,16 @@ class RewardSum:
 
 
 def _call(name: str, reward: Callable[..., Any], arguments: dict[str, Any], seconds: float) -> Any:
-    """Return `reward(**arguments)`, run in a daemon thread so that a call that hangs can be left behind."""
+    """Return `reward(**arguments)`; it runs in a daemon thread, because a call that hangs cannot be ended."""
     future: Future[Any] = Future()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def work() -> None:
         try:
             if device is not None:
-                torch.cuda.set_device(device)  # the current device is each thread's own; the default is 0
+                torch.cuda.set_device(device)  # each thread has its own current device, 0 by default
             future.set_result(reward(**arguments))
-        except BaseException as error:  # SystemExit too: the caller waits for an answer
+        except BaseException as error:  # SystemExit too, because the caller waits for a result
             future.set_exception(error)
 
     threading.Thread(target=work, name=f"reward {name}", daemon=True).start()
@@ -158,7 +158,7 @@ def _call(name: str, reward: Callable[..., Any], arguments: dict[str, Any], seco
         ) from None
     if failure is None:
         return future.result()
-    if isinstance(failure, RlftError):  # of the settings or the data: the exit code is theirs
+    if isinstance(failure, RlftError):  # an error of the settings or the data keeps its exit code
         raise type(failure)(f"reward {name!r}: {failure}") from failure
     raise RewardError(f"reward {name!r} raised {type(failure).__name__}: {failure} {_place(failure, arguments)}") from (
         failure
@@ -166,15 +166,15 @@ def _call(name: str, reward: Callable[..., Any], arguments: dict[str, Any], seco
 
 
 def _place(failure: BaseException, arguments: dict[str, Any]) -> str:
-    """Return where in the reward `failure` was raised or, if the call itself was refused, how rewards are called."""
+    """Return where in the reward `failure` was raised; if the call itself failed, return how rewards are called."""
     frames = traceback.extract_tb(failure.__traceback__)
-    if len(frames) > 1:  # the first is `work` above
+    if len(frames) > 1:  # the first frame is `work` above
         return f"(in {frames[-1].filename}:{frames[-1].lineno})"
     return f"(it is called with the keywords {', '.join(arguments)}; a **kwargs takes those that it does not use)"
 
 
 def _checked(name: str, returned: Any, completions: list[str]) -> list[float]:
-    """Return the B values that reward `name` returned as floats, None as nan."""
+    """Return the B values of reward `name` as floats, with nan for None."""
     if isinstance(returned, (torch.Tensor, np.ndarray)):
         returned = returned.tolist()
     if not isinstance(returned, (list, tuple)):
@@ -201,7 +201,7 @@ def _checked(name: str, returned: Any, completions: list[str]) -> list[float]:
 
 
 def _is_token_level(returned: Any) -> bool:
-    """Whether a reward returned a list for each completion, as a token-level one does."""
+    """Return whether a reward returned a list for each completion, as a token-level reward does."""
     return isinstance(returned, (list, tuple)) and len(returned) > 0 and all(isinstance(x, list) for x in returned)
 
 
@@ -237,7 +237,7 @@ def _check_lengths(completions: list[str], lists: Mapping[str, list], columns: I
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real)  # bool too: a verifier says True
+    return isinstance(value, numbers.Real)  # bool is allowed, as verifiers return it
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A reward function of one's own, named by where it stands."""
+"""A user's own reward function, given by its module or file and its name."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ FORMS = "package.module:function or /path/to/file.py:function"
 class Custom:
     """Calls a function that has TRL's signature, such as `def reward(completions, **kwargs) -> list[float | None]`.
 
-    It gets the keywords `prompts`, `completions`, `completion_ids` and every other column of the data; an `async def`
-    is awaited. TRL's `trainer_state`, `log_extra` and `log_metric` are not given. `RewardSum` turns its exceptions into
-    `RewardError`s with the reward's name.
+    It is called with the keywords `prompts`, `completions`, `completion_ids` and every other column of the data, but
+    without TRL's `trainer_state`, `log_extra` and `log_metric`. An `async def` is awaited. `RewardSum` turns its
+    exceptions into a `RewardError` with the reward's name.
     """
 
     def __init__(self, function: str, *, messages: bool = False) -> None:
         """Arguments:
 
-        function: "package.module:function" of a module that Python can import, or "file.py:function" of a file
-            (relative to the directory that the run was started in). The module is run, so name only what you trust.
-        messages: whether prompts and completions are handed over as lists of messages, as TRL does for conversations: a
-            completion is `[{"role": "assistant", "content": text}]`, a prompt that was no conversation one message of
-            the user. Else both are strings, a conversation as the chat template renders it.
+        function: "package.module:function" for a module that Python can import, or "file.py:function" for a file
+            (relative to the directory in which the run was started). The module is executed, so it must be trusted.
+        messages: whether prompts and completions are lists of messages, as TRL passes them for conversations. A
+            completion is then `[{"role": "assistant", "content": text}]`, and a prompt that was no conversation is one
+            message of the user. If false, both are strings, and a conversation is as the chat template renders it.
 
-        Raises `ConfigError` if it cannot be imported, is not a function, or does not take the keywords.
+        Raises `ConfigError` if it cannot be imported, is not a function, or does not accept the keywords.
         """
         if not isinstance(function, str):
             raise _refused(function, f"must be {FORMS}")
@@ -56,7 +56,7 @@ class Custom:
         prompt_messages: list[Sequence[dict[str, str]] | None] | None = None,
         **columns: Any,
     ) -> Any:
-        """Raises `ConfigError` for a column that the function needs and the data lacks."""
+        """Raises `ConfigError` if the data lacks a column that the function requires."""
         for column in self.needs:
             if column not in columns:
                 raise ConfigError(
@@ -68,7 +68,7 @@ class Custom:
             pairs = zip(prompts, prompt_messages or [None] * len(prompts), strict=True)
             chats = [({"role": "user", "content": text},) if own is None else own for text, own in pairs]
             given = {
-                "prompts": [[dict(message) for message in chat] for chat in chats],  # copies, as all lists are
+                "prompts": [[dict(message) for message in chat] for chat in chats],  # copies
                 "completions": [[{"role": "assistant", "content": text}] for text in completions],
             }
         try:
@@ -85,7 +85,7 @@ class Custom:
 
 
 def _columns_of(function: Callable[..., Any]) -> list[str]:
-    """Return the parameters without a default that only a column of the data can fill."""
+    """Return the parameters that have no default and must be columns of the data."""
     return [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -110,9 +110,9 @@ def _from_file(function: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise _refused(function, f"names no file: there is no {path.absolute()}")
     spec = importlib.util.spec_from_file_location(f"rlft_custom_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # true of every name that ends in .py
+    assert spec is not None and spec.loader is not None  # true for every name that ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
+    sys.modules[spec.name] = module  # dataclasses and pickle look modules up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -123,14 +123,14 @@ def _from_file(function: str, path: Path) -> ModuleType:
 
 def _function_in(module: ModuleType, name: str, function: str) -> Callable[..., Any]:
     try:
-        found = getattr(module, name)  # a lazy module has its attributes by getattr alone
+        found = getattr(module, name)  # not vars(module), which lacks the attributes of a lazy module
     except AttributeError as error:
-        own = vars(module)  # of a lazy module's names dir tells, and what they are is not asked
+        own = vars(module)  # only `dir` lists the names of a lazy module, and their values are not looked at
         names = [key for key in dir(module) if not key.startswith("_") and (key not in own or callable(own[key]))]
         raise _refused(
             function, f"names no function: {module.__name__} has {', '.join(names) or 'none'}{nearest(name, names)}"
         ) from error
-    except Exception as error:  # what a lazy module imports then may fail as any import can
+    except Exception as error:  # a lazy module imports at this point, which may raise anything
         raise _refused(function, f"could not be imported: {type(error).__name__}: {error}") from error
     if inspect.isclass(found) or not callable(found):
         kind = "a class" if inspect.isclass(found) else f"a {type(found).__name__}"

@@ -11,15 +11,14 @@ from rlft.core.errors import ConfigError
 class Keyword:
     """`r = (number of distinct keywords that occur in the completion) / (number of keywords)`, in [0, 1].
 
-    Saying a keyword twice counts once, so that repeating it earns nothing. With a negative weight the keywords are
-    words to avoid.
+    A repeated keyword counts once, so repetition earns nothing. With a negative weight, keywords are words to avoid.
     """
 
     def __init__(self, keywords: list[str], *, case_sensitive: bool = False, whole_words: bool = True) -> None:
         """Arguments:
 
         keywords: words or phrases, all different.
-        case_sensitive: whether "Film" is another word than "film".
+        case_sensitive: whether "Film" and "film" differ.
         whole_words: whether "art" must stand alone, so that "party" does not count.
 
         Raises `ConfigError` for an empty list, and for a keyword that is empty, repeated or not a string.
@@ -43,9 +42,7 @@ class Keyword:
             re.compile(_bounded(keyword) if whole_words else re.escape(keyword), flags) for keyword in keywords
         ]
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         return [
             sum(pattern.search(completion) is not None for pattern in self._patterns) / len(self._patterns)
             for completion in completions

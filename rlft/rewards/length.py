@@ -1,10 +1,10 @@
-"""Length: a band of tokens that costs nothing, and a price for each token outside it.
+"""Length: no penalty within a range of lengths, and a penalty for each token outside it.
 
-Added to another reward it takes the two trivial ways out. A policy that may end where it likes learns to stop right
-after one praise word (one word is all signal, and KL is summed over tokens, so short is also cheap), or to run on,
-because a score that sums over words grows with their number. The price is zero inside the band, so that it does not
-pull on completions that are well-behaved, and linear outside it, so that a group of completions that are all too short
-still has a gradient towards the band.
+Added to another reward, it prevents two degenerate policies. One stops right after a single word of praise: the score
+of one such word is high, and a short completion has a small KL, which is summed over tokens. The other never stops,
+because a score that sums over words grows with their number. The penalty is zero inside the range, so it does not
+affect completions of a normal length. Outside it is linear, so a group whose completions are all too short still has a
+gradient towards the range.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from rlft.core.errors import ConfigError
 class Length:
     """For a completion of n tokens, `r = -slope * max(min_tokens - n, n - max_tokens, 0)`, at most 0.
 
-    n is `len(completion_ids[i])`: an end token that was generated counts, padding does not.
+    n is `len(completion_ids[i])`: a generated end token counts, padding does not.
     """
 
     def __init__(self, *, min_tokens: int = 0, max_tokens: int | None = None, slope: float = 0.05) -> None:
         """Arguments:
 
-        min_tokens, max_tokens: the band in tokens, both ends inside it; a `max_tokens` of None is no upper end.
-        slope: reward lost for each token outside the band, above 0.
+        min_tokens, max_tokens: the range in tokens, both included; a `max_tokens` of None means no upper bound.
+        slope: reward lost for each token outside the range, above 0.
 
-        Raises `ConfigError` for a band that is empty or has no end, and for a slope that is not a positive number.
+        Raises `ConfigError` for a range that is empty or unbounded, and for a slope that is not a positive number.
         """
         if not _is_count(min_tokens):
             raise ConfigError(f"reward.length.min_tokens={min_tokens!r} must be a whole number of tokens, 0 or more")
@@ -43,13 +43,11 @@ class Length:
             raise ConfigError(f"reward.length.slope={slope!r} must be a number above 0 (reward lost for each token)")
         self.min_tokens, self.max_tokens, self.slope = min_tokens, max_tokens, float(slope)
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         return [-self.slope * outside if (outside := self._outside(len(ids))) else 0.0 for ids in completion_ids]
 
     def _outside(self, n: int) -> int:
-        """Return by how many tokens a completion of `n` tokens misses the band."""
+        """Return by how many tokens a completion of `n` tokens misses the range."""
         return max(self.min_tokens - n, 0 if self.max_tokens is None else n - self.max_tokens, 0)
 
 

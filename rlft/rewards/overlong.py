@@ -1,4 +1,4 @@
-"""DAPO's soft overlong penalty (Yu et al., arXiv:2503.14476, eq. 13): the last tokens before the limit cost."""
+"""DAPO's soft overlong penalty (Yu et al., arXiv:2503.14476, eq. 13), for completions close to the longest allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlft.core.errors import ConfigError
 class Overlong:
     """`r = clip((max_tokens - buffer - n) / buffer, -1, 0)` for a completion of n tokens.
 
-    A generated end token counts. 0 up to `max_tokens - buffer`, then falling linearly to -1 at `max_tokens`.
+    It is 0 up to `max_tokens - buffer` and falls linearly to -1 at `max_tokens`. A generated end token counts.
     """
 
     def __init__(self, *, max_tokens: int, buffer: int) -> None:
@@ -21,8 +21,6 @@ class Overlong:
             )
         self.max_tokens, self.buffer = max_tokens, buffer
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         start = self.max_tokens - self.buffer
         return [min(0.0, max(-1.0, (start - len(ids)) / self.buffer)) for ids in completion_ids]

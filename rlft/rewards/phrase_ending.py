@@ -1,4 +1,4 @@
-"""The ending: whether a completion closes with one of the given phrases or marks."""
+"""The ending: does a completion end with one of the given phrases or punctuation marks?"""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from rlft.core.errors import ConfigError
 
 
 class PhraseEnding:
-    """`r = 1` if the completion, without white space at its end, ends with one of `phrases`, else `0`.
+    """`r = 1` if the completion ends with one of `phrases`, else `0`; white space at the end is ignored.
 
-    A phrase that begins with a letter or digit must begin a word: "end" is not the ending of "weekend".
+    A phrase that begins with a letter or digit must begin a word: "weekend" does not end with "end".
     """
 
     def __init__(self, phrases: list[str], *, case_sensitive: bool = False) -> None:
         """Arguments:
 
-        phrases: endings, any of which counts; [".", "!", "?"] asks for a finished sentence.
-        case_sensitive: whether "The End" is another ending than "the end".
+        phrases: the endings; [".", "!", "?"] asks for a finished sentence.
+        case_sensitive: whether "The End" and "the end" differ.
 
         Raises `ConfigError` for an empty list, and for a phrase that is empty or not a string.
         """
@@ -36,9 +36,7 @@ class PhraseEnding:
         ]
         self._pattern = re.compile(rf"(?:{'|'.join(endings)})\s*\Z", 0 if case_sensitive else re.IGNORECASE)
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         return [float(self._pattern.search(completion) is not None) for completion in completions]
 
 

@@ -1,12 +1,12 @@
-"""Repetition: a price for saying the same thing twice within one completion.
+"""Repetition: a penalty for repeated n-grams within one completion.
 
-The formula is Open-R1's `get_repetition_penalty_reward` (1 - distinct n-grams / all n-grams, as a penalty), over words
-and marks in place of words split at white space: case is folded and each punctuation mark is an item of its own, so
-that "great Great GREAT" and "!!!!" do not pass for variety, whatever tokenizer the policy has.
+The formula is Open-R1's `get_repetition_penalty_reward` (1 - distinct n-grams / all n-grams, as a penalty). Open-R1
+splits words at white space. Here the n-grams are of words and punctuation marks, and case is folded, so that "great
+Great GREAT" and "!!!!" count as repetition with every tokenizer.
 
-As a hold against reward hacking it stops the loop of one phrase that scores well. It sees neither the same completion
-given to every prompt nor a list of different praise words; those are held by a KL to the reference. Fewer than
-n items have nothing to repeat and cost nothing, so put `length` beside it.
+It keeps a policy from hacking a reward by repeating one phrase that scores well. It notices neither the same completion
+for every prompt nor a list of different words of praise; a KL to the reference prevents those. A completion of fewer
+than n words and marks has no n-gram and costs nothing, so combine this reward with `length`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ ITEM = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")  # a word ("didn't" is one) or a
 class Repetition:
     """`r = -(1 - distinct / N)` in (-1, 0], for N n-grams of words and marks, `distinct` of them different; 0 if N = 0.
 
-    `-r` is the share of n-grams that the completion said before. A script without spaces between words counts a run of
-    letters as one word.
+    `-r` is the fraction of n-grams that occurred earlier in the completion. In a script without spaces between words, a
+    run of letters counts as one word.
     """
 
     def __init__(self, ngram: int = 2) -> None:
-        """`ngram` is n, at least 1. n = 1 also counts "the … the", which good prose has; n = 2 or 3 leaves it alone."""
+        """`ngram` is n, at least 1. n = 1 also penalises "the … the", which good prose has; n = 2 or 3 does not."""
         if not isinstance(ngram, int) or isinstance(ngram, bool) or ngram < 1:
             raise ConfigError(f"reward.repetition.ngram={ngram!r} must be a whole number of words, at least 1")
         self.ngram = ngram
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         return [self._score(completion) for completion in completions]
 
     def _score(self, completion: str) -> float:

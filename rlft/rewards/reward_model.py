@@ -1,6 +1,6 @@
-"""A reward model or classifier of one's own as reward: a checkpoint of algo=reward_model or algo=classification.
+"""A reward from a model that was trained here: a checkpoint of algo=reward_model or algo=classification.
 
-The checkpoint holds the trunk (`policy.safetensors`) and the head; the tokenizer is the one that its run exported.
+The checkpoint holds the trunk (`policy.safetensors`) and the head. The tokenizer is in its run's `model/` directory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlft.core.batch import pad
-from rlft.core.errors import CheckpointError, ConfigError, RewardError, nearest
+from rlft.core.errors import CheckpointError, ConfigError, RewardError, check_choice, nearest
 from rlft.core.manifest import verify
 from rlft.core.ranges import Size
 from rlft.models.base import CausalLM
@@ -24,21 +24,21 @@ OUTPUTS = ("probability", "signed", "logit")
 
 
 class RewardModel:
-    """The score of the prompt with its completion, as if the text ended there.
+    """The score of the prompt followed by its completion and the end of the text.
 
-    A model of pairs gives its score, unbounded, whose zero means nothing. A classifier gives, with p the softmax of its
-    logits z: `probability` p_label in [0, 1]; `signed` 2 p_label - 1 in [-1, 1]; `logit` z_label - log sum of the other
-    classes' e^z, which is unbounded and so never saturates.
+    A model of pairs returns its score, which is unbounded and whose zero has no meaning. A classifier returns, with p
+    the softmax of its logits z: `probability`, p_label in [0, 1]; `signed`, 2 p_label - 1 in [-1, 1]; or `logit`,
+    z_label - log sum of the other classes' e^z, which is unbounded and so never saturates.
 
     Arguments:
         path: a checkpoint directory of a finished run, such as outputs/<run>/checkpoints/step_00000100.
-        label: the class, where the model is a classifier; null for a model of pairs.
-        output: what a classifier gives; a model of pairs has its score alone.
-        batch_size: texts in one forward.
-        device: a torch device, or "auto": the process's current CUDA device where there is one, else the CPU.
+        label: the class, for a classifier; null for a model of pairs.
+        output: the value that a classifier returns; ignored for a model of pairs.
+        batch_size: texts in one forward pass.
+        device: a torch device, or "auto": the process's current CUDA device if there is one, else the CPU.
 
-    Raises `ConfigError` for a checkpoint of another kind and for a label that it does not know, `CheckpointError` for a
-    damaged one.
+    Raises `ConfigError` for a checkpoint of another kind of run and for an unknown label, and `CheckpointError` for a
+    damaged checkpoint.
     """
 
     def __init__(
@@ -50,8 +50,7 @@ class RewardModel:
         batch_size: Size = 64,
         device: str = "auto",
     ) -> None:
-        if output not in OUTPUTS:
-            raise ConfigError(f"{_KEY}.output={output} is not one of {', '.join(OUTPUTS)}{nearest(output, OUTPUTS)}")
+        check_choice(f"{_KEY}.output", output, OUTPUTS)
         if batch_size < 1:
             raise ConfigError(f"{_KEY}.batch_size={batch_size} must be at least 1")
         directory = Path(path).expanduser().absolute()
@@ -67,13 +66,11 @@ class RewardModel:
         self.weight, self.bias = head["linear.weight"].float(), head["linear.bias"].float()  # [K, C], [K]
 
     @torch.inference_mode()
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: object
-    ) -> list[float]:
+    def __call__(self, prompts: list[str], completions: list[str], **columns: object) -> list[float]:
         device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         )
-        self.trunk.to(device)  # here, not above: which CUDA device is current is settled after construction
+        self.trunk.to(device)  # not in the constructor, because the current CUDA device is chosen after it
         rows = self._ids(prompts, completions)
         scores: list[float] = []
         for start in range(0, len(rows), self.batch_size):
@@ -84,7 +81,10 @@ class RewardModel:
         return scores
 
     def _ids(self, prompts: list[str], completions: list[str]) -> list[list[int]]:
-        """Return the texts' ids as in training: of pairs prompt and completion each by itself, of texts the whole."""
+        """Return the ids of the texts, encoded as in training.
+
+        For a model of pairs, prompt and completion are encoded separately; for a classifier, the text as a whole.
+        """
         end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
         special = self.tokenizer.special_tokens
         if any(token in text for text in prompts for token in special) and self.tokenizer.hf.chat_template is not None:
@@ -120,13 +120,13 @@ _KEY = "reward.reward_model"
 def _trunk(directory: Path) -> CausalLM:
     if "model_type" not in checkpoint_config(directory / "policy.safetensors"):
         return GPT2.from_pretrained(str(directory))
-    from rlft.models.hf import HFCausalLM  # and with it transformers
+    from rlft.models.hf import HFCausalLM  # imports transformers
 
     return HFCausalLM.from_pretrained(str(directory))
 
 
 def _algorithm_state(directory: Path, path: str) -> dict:
-    """Return what the algorithm left in a whole checkpoint."""
+    """Return the algorithm's state in a checkpoint, after checking that the checkpoint is complete."""
     if not directory.is_dir():
         raise ConfigError(f"{_KEY}.path={path}: there is no such directory (looked at {directory})")
     try:

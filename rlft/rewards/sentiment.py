@@ -1,9 +1,9 @@
 """Sentiment by VADER's lexicon and rules (Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment
 Analysis of Social Media Text", ICWSM 2014).
 
-It reads words, not grammar, so it is a reward that a policy can hack: the compound is s / sqrt(s^2 + 15) for the sum s
-of the words' valences, hence a heap of praise words scores near 1. What holds against that is a KL to the reference,
-`repetition` and `length`.
+VADER scores words, not grammar, so a policy can hack it: the compound is s / sqrt(s^2 + 15), where s is the sum of the
+words' valences, and any pile of words of praise scores near 1. A KL to the reference, `repetition` and `length` prevent
+this.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from rlft.core.errors import ConfigError, nearest
 
 TARGETS = ("positive", "negative")
 SCALES = ("graded", "binary")
-THRESHOLD = 0.05  # VADER's own: a text is positive from a compound of 0.05 on, negative from -0.05 down
+THRESHOLD = 0.05  # VADER's own: a text is positive at a compound of at least 0.05, and negative at one of at most -0.05
 
 
 class Sentiment:
-    """VADER's compound score c in [-1, 1] of the completion alone, without its prompt.
+    """VADER's compound score c in [-1, 1] of the completion, without its prompt.
 
     | target   | graded | binary                        |
     |----------|--------|-------------------------------|
@@ -30,7 +30,7 @@ class Sentiment:
     """
 
     def __init__(self, target: str = "positive", *, scale: str = "graded") -> None:
-        """Raises `ConfigError` for an unknown `target` or `scale`, and where vaderSentiment is not installed."""
+        """Raises `ConfigError` for an unknown `target` or `scale`, and if vaderSentiment is not installed."""
         if target not in TARGETS:
             raise ConfigError(
                 f"reward.sentiment.target={target!r} must be one of {', '.join(TARGETS)}{nearest(str(target), TARGETS)}"
@@ -47,15 +47,13 @@ class Sentiment:
             ) from error
         self.sign = 1.0 if target == "positive" else -1.0
         self.scale = scale
-        self.analyzer = vader.SentimentIntensityAnalyzer()  # reads the lexicon, so it is made once
+        self.analyzer = vader.SentimentIntensityAnalyzer()  # made once, because it reads the lexicon
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         return [self._score(completion) for completion in completions]
 
     def _score(self, completion: str) -> float:
-        signed = self.sign * self.analyzer.polarity_scores(completion)["compound"] + 0.0  # + 0.0: no minus zero
+        signed = self.sign * self.analyzer.polarity_scores(completion)["compound"] + 0.0  # + 0.0 avoids -0.0
         if self.scale == "graded":
             return signed
         return float(signed >= THRESHOLD)

@@ -1,4 +1,4 @@
-"""A text classifier in Hugging Face format as reward, with its own tokenizer; by default DistilBERT on SST-2.
+"""A reward from a text classifier in Hugging Face format, with its own tokenizer; by default DistilBERT on SST-2.
 
 Only safetensors are loaded, and no code that comes with a model is run.
 """
@@ -20,14 +20,14 @@ ON_LONG = ("error", "truncate")
 
 
 class SentimentModel:
-    """The classifier's belief that the completion alone, without its prompt, bears `label`.
+    """The classifier's score of `label` for the completion, without its prompt.
 
-    With p the softmax (for a multi-label model the sigmoid) of the logits z, in float32:
-    `probability` p_label in [0, 1]; `signed` 2 p_label - 1 in [-1, 1]; `logit` z_label, which is unbounded and so never
-    saturates. A model with one output, such as a reward model, has only `logit`.
+    With p the softmax (for a multi-label model, the sigmoid) of the logits z, in float32, it is: `probability`, p_label
+    in [0, 1]; `signed`, 2 p_label - 1 in [-1, 1]; or `logit`, z_label, which is unbounded and so never saturates. A
+    model with one output, such as a reward model, has only `logit`.
 
-    Rows of a batch are padded to its longest under the attention mask, so a score depends on neither the batch size nor
-    the other rows beyond float32 rounding.
+    The rows of a batch are padded, and the attention mask hides the padding. Beyond float32 rounding, a score depends
+    neither on the batch size nor on the other rows.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class SentimentModel:
         path: a directory in Hugging Face format, `package:<package>/<directory>`, or a hub name.
         label: one of the names in the model's `id2label`.
         output: "probability", "logit" or "signed".
-        batch_size: completions in one forward.
-        on_long: a completion of more tokens than the model takes is an "error", or is cut to its first tokens by
-            "truncate".
-        device: a torch device, or "auto": the process's current CUDA device where there is one, else the CPU.
+        batch_size: completions in one forward pass.
+        on_long: what happens to a completion of more tokens than the model allows: "error", or "truncate" to its first
+            tokens.
+        device: a torch device, or "auto": the process's current CUDA device if there is one, else the CPU.
 
-        Raises `ConfigError` for a value that is not allowed, before the weights are read where it can be known, and
-        for a model that cannot be loaded or has no trained classification head.
+        Raises `ConfigError` for a value that is not allowed (if possible, before the weights are read), and for a model
+        that cannot be loaded or has no trained classification head.
         """
         for key, value, allowed in (("output", output, OUTPUTS), ("on_long", on_long, ON_LONG)):
             if value not in allowed:
@@ -76,11 +76,9 @@ class SentimentModel:
         self._output, self._batch_size, self._truncates = output, batch_size, on_long == "truncate"
         self.model = _load_model(path, found, config)
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
-    ) -> list[float | None]:
+    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         device = self._device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(device)  # here, not above: which CUDA device is current is settled after construction
+        self.model.to(device)  # not in the constructor, because the current CUDA device is chosen after it
         scores: list[float | None] = []
         for start in range(0, len(completions), self._batch_size):
             logits = self._logits(completions[start : start + self._batch_size], start, device)
@@ -89,7 +87,7 @@ class SentimentModel:
 
     @torch.inference_mode()
     def _logits(self, texts: list[str], start: int, device: torch.device) -> torch.Tensor:
-        """Return the classifier's logits `[len(texts), L]` float32; `start` is the row of the first text."""
+        """Return the classifier's logits `[len(texts), L]` float32; `start` is the row number of the first text."""
         batch = self.tokenizer(
             texts,
             padding=len(texts) > 1,
@@ -140,7 +138,7 @@ def _load_model(path: str, found: str, config: Any) -> Any:
         )
     except errors as error:
         raise _unloadable(path, error) from error
-    if info["missing_keys"]:  # transformers fills them with random numbers and goes on
+    if info["missing_keys"]:  # transformers would initialise them at random
         raise _refused(
             "path",
             path,

@@ -1,12 +1,12 @@
 """Decoding on a GPU by CUDA graphs: a step is one launch, where Python would launch some three hundred kernels.
 
-A graph repeats the same kernels on the same addresses. So keys and values lie in arrays of a fixed size, the slot that
-a step writes is a number on the device, and a mask, which each step opens by one slot, hides those that are empty.
-Attention reads hidden slots too, so it is given only some more than are filled, and rows that ended are left behind;
-both take another capture, and are done where they save more than that costs.
+A graph repeats the same kernels on the same addresses. So keys and values lie in arrays of a fixed size, the number of
+the slot that a step writes is on the device, and a mask hides the empty slots; each step opens one more. Attention
+reads hidden slots too, so it is given only a few more than are filled, and rows that ended are dropped now and then.
+Both need another capture, and are done where they save more time than a capture takes.
 
-Graphs are captured anew for each rollout. Optimizers update weights in place, so they would stay right; but their cache
-would have to stay too, and it is the largest thing there is, whose memory the update wants.
+Graphs are captured anew for each rollout. They would stay valid, as optimizers update weights in place, but only with
+their cache, and the update needs that memory: the cache is the largest thing there is.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ from torch.func import functional_call
 
 from rlft.models.base import CausalLM
 from rlft.models.kv.static import ALIGNMENT, StaticCache, aligned
-from rlft.rollout.state import Active, RolloutState
+from rlft.rollout.state import Prefilled, RolloutState
 
-CAPTURE_BYTES = 80e9  # that a GPU could read in the time of a capture: 20 ms at 4 TB/s; benchmarks/gpu.py measures it
+CAPTURE_BYTES = 80e9  # what a GPU reads in the time of a capture, 20 ms at 4 TB/s; benchmarks/gpu.py measures it
 
 
 def fits(policy: CausalLM, device: torch.device) -> bool:
-    """Return whether `decode` can stand in for the plain loop: on a GPU, where attention is left to the cache."""
+    """Return whether `decode` can be used: on a GPU, for a policy that leaves attention to its cache."""
     return device.type == "cuda" and policy.takes_packed
 
 
 @torch.no_grad()
-def decode(policy: CausalLM, active: Active, table: RolloutState, *, check_every: int) -> None:
-    """Decode all rows of `active`, whose cache is a `StaticCache`, to their ends, into `table`.
+def decode(policy: CausalLM, new: Prefilled, state: RolloutState, *, check_every: int) -> None:
+    """Decode all rows of `new` to their ends, into `state`.
 
-    Each `check_every` steps it waits for the GPU and looks which rows are open, unless all end together.
+    Unless all rows end together, every `check_every` steps it waits for the GPU to see which rows are open.
     """
-    assert isinstance(active.cache, StaticCache) and not policy.training
-    device = active.rows.device.type
-    # Autocast's own copies of weights must not be made during a capture: they would lie in the graph's memory.
+    assert not policy.training
+    device = new.rows.device.type
+    cache = StaticCache(new.prefix, new.prompt_of_row, max_new_tokens=state.max_new, shape=policy.cache_shape)
+    # Autocast must not make its copies of weights during a capture: they would lie in the graph's memory.
     dtype, is_on = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     with torch.autocast(device, dtype=dtype, enabled=is_on, cache_enabled=False):
-        steps = _Steps(policy, active, table, active.cache)
-        for step in range(1, table.max_new):
+        steps = _Steps(policy, new, state, cache)
+        for step in range(1, state.max_new):
             steps.take()
-            if table.ends_early and step % check_every == 0:
-                is_open = table.is_open(steps.rows, steps.done)
+            if state.ends_early and step % check_every == 0:
+                is_open = state.is_open(steps.rows, steps.done)
                 num_open = int(is_open.sum())
                 if num_open == 0:
                     break
-                steps.leave_behind(is_open, num_open, num_left=table.max_new - step)
+                steps.compact(is_open, num_open, num_left=state.max_new - step)
         else:
             steps.draw()
     if device == "cuda":
@@ -57,12 +58,12 @@ def decode(policy: CausalLM, active: Active, table: RolloutState, *, check_every
 
 
 class _Steps:
-    """One token after the other for the rows that are left; what changes stays where it is between two captures."""
+    """Decoding step by step; between two captures all tensors that change stay at their addresses."""
 
-    def __init__(self, policy: CausalLM, active: Active, table: RolloutState, cache: StaticCache) -> None:
-        self.policy, self.table, self.cache = policy, table, cache
-        self.rows, self.hidden = active.rows, active.hidden.clone()
-        self.done, self.position = active.done.clone(), active.position.clone()
+    def __init__(self, policy: CausalLM, new: Prefilled, state: RolloutState, cache: StaticCache) -> None:
+        self.policy, self.state, self.cache = policy, state, cache
+        self.rows, self.hidden = new.rows, new.hidden.clone()
+        self.done, self.position = torch.zeros_like(new.rows), new.position.clone()
         self.head = _cast(policy.head_weight).to(_cast(self.hidden).dtype).t()
         # Autocast would cast these again in each replay; cast once, they give the same bits.
         self.weights = {
@@ -75,9 +76,10 @@ class _Steps:
         self.repeat: Callable[[], None] = self._step
 
     def take(self) -> None:
+        """Take one step: draw a token for each row and forward it."""
         cache = self.cache
         if cache.used == cache.length:
-            # Of n slots n / 2 are read in vain on average, for n steps: with the best n that costs what a capture does.
+            # With n spare slots, n / 2 are read in vain on average, for n steps; at the best n that costs one capture.
             num_left = cache.num_slots - cache.used
             best = math.sqrt(2 * CAPTURE_BYTES / cache.slot_bytes)
             num_parts = max(1, round(num_left / max(best, ALIGNMENT)))
@@ -89,18 +91,17 @@ class _Steps:
 
     def draw(self) -> Tensor:
         """Draw a token for each row, `[A]`."""
-        logits = (self.hidden.to(self.head.dtype) @ self.head) / self.table.sampling.temperature
-        token = self.table.draw(logits, self.rows, self.done)
+        token = self.state.draw(self.hidden.to(self.head.dtype) @ self.head, self.rows, self.done)
         self.done += 1
         return token
 
-    def leave_behind(self, is_open: Tensor, num_open: int, *, num_left: int) -> None:
-        """Go on with the open rows, filled up to a power of two with some that ended, where that saves enough."""
+    def compact(self, is_open: Tensor, num_open: int, *, num_left: int) -> None:
+        """Drop rows that ended, down to a power of two that holds the open ones, where that saves enough."""
         cache, size = self.cache, 1 << (num_open - 1).bit_length()
         saved = max(0.0, 1 - size / len(self.rows)) * cache.slot_bytes * cache.length * num_left
         if saved > CAPTURE_BYTES:
             kept = is_open.int().argsort(descending=True, stable=True)[:size]
-            cache.keep(kept)
+            cache.compact(kept)
             self.rows, self.hidden = self.rows[kept], self.hidden[kept]
             self.done, self.position = self.done[kept], self.position[kept]
             cache.length = cache.used  # so that the next step is captured
@@ -114,14 +115,14 @@ class _Steps:
         self.position += 1
 
     def _captured(self) -> Callable[[], None]:
-        """Take a step, and return what takes the next ones: a graph on a GPU, elsewhere the same function."""
+        """Take a step, and return the function that takes the next ones: a graph's replay on a GPU, else `_step`."""
         if self.pool is None:
             self._step()
             return self._step
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
-        # This step warms up: kernels are loaded and cuBLAS has its workspace on this stream before the capture. The
-        # graph before this one is kept until then, so that its memory is taken over.
+        # This step is a warm-up: before the capture, kernels are loaded and cuBLAS has its workspace on this stream.
+        # The previous graph is kept until the new one exists, so that its memory is reused.
         side = capture.capture_stream
         assert side is not None
         side.wait_stream(torch.cuda.current_stream())
@@ -134,7 +135,7 @@ class _Steps:
 
 
 def _cast(x: Tensor) -> Tensor:
-    """Return `x` as autocast, where it is on, gives it to a matrix product; it leaves float64 as it is."""
+    """Return `x` in the dtype in which autocast, if it is on, gives it to a matrix product; float64 stays."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x

@@ -1,7 +1,7 @@
 """Rollout: prefill each prompt once for its whole group, then decode token by token.
 
-Rows are right-padded; the cache is preallocated; rows that ended are compacted away; there are no logits processors.
-The sampler's logprobs come with the tokens, so that the first update needs no second pass for them.
+Rows are right-padded, caches are preallocated, and there are no logits processors. The sampler's logprobs come with the
+tokens, so that the first update needs no second pass for them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,12 @@ from rlft.cpu import compiled
 from rlft.cpu import decode as compiled_loop
 from rlft.models.base import CausalLM
 from rlft.models.gpt2 import GPT2
-from rlft.models.kv.copied import DecodeCache
-from rlft.models.kv.shared import SharedDecodeCache
-from rlft.models.kv.static import StaticCache
-from rlft.models.rows import prefill
 from rlft.rollout import cuda_graph
-from rlft.rollout.sampling import Sampling, uniforms
-from rlft.rollout.state import Active, RolloutState
+from rlft.rollout.batching import RunningBatch, WaitingQueue
+from rlft.rollout.sampling import Identity, Sampling
+from rlft.rollout.state import Prefilled, RolloutState
 
-CHECK_EVERY = 8  # steps between two looks at which rows ended, on a GPU, which each look waits for
-KEEP_FRACTION = 0.75  # rows are compacted when fewer than this share of those in the cache still decode
+CHECK_EVERY = 8  # on a GPU, the steps between two looks at which rows ended: each look waits for the GPU
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Rollout:
 
     rows: Rows
     logprobs: Tensor  # [B, T] of the sampler, at its temperature; 0 outside the mask
-    finish_reasons: list[str]  # "stop": the end token was drawn; "length": max_new_tokens or the context was reached
+    finish_reasons: list[str]  # "stop": the end token was drawn; "length": max_new_tokens or the context was full
 
     def completions(self) -> list[list[int]]:
         """Return each row's counted token ids."""
@@ -44,14 +40,12 @@ class Rollout:
 
 
 def select_prompts(rollout: Rollout, prompts: list[int], *, group_size: int) -> Rollout:
-    """Return the groups of these prompts (indices in ascending order), as a rollout of theirs alone would be."""
+    """Return the rollout of these prompts alone (indices in ascending order)."""
     rows = [p * group_size + i for p in prompts for i in range(group_size)]
     old = rollout.rows
     prompt_of_row = torch.arange(len(prompts), device=old.prompt_of_row.device).repeat_interleave(group_size)
-    kept = Rows(
-        old.prompt_ids[prompts], old.prompt_lengths[prompts], prompt_of_row, old.completion_ids[rows],
-        old.completion_mask[rows],
-    )  # fmt: skip
+    completions = old.completion_ids[rows], old.completion_mask[rows]
+    kept = Rows(old.prompt_ids[prompts], old.prompt_lengths[prompts], prompt_of_row, *completions)
     return Rollout(kept, rollout.logprobs[rows], [rollout.finish_reasons[row] for row in rows])
 
 
@@ -94,9 +88,9 @@ def generate(
 
     A sample's identity is (seed, stream, step, first_prompt + its prompt's index, member of the group): the tokens do
     not depend on what else is in the batch. A row whose prompt leaves fewer than `max_new_tokens` positions stops at
-    the context's end, with finish reason "length". At most `sampling.max_rows` rows decode at once, where that is
-    given, and others join as those end: a rollout of any size fits. `clock` takes the seconds of "prefill" and
-    "decode".
+    the context's end, with finish reason "length". With `sampling.max_rows`, at most so many rows decode at once and
+    others are admitted as those end, so that a rollout of any size fits. `clock` gets the seconds of "prefill" (the
+    forward of prompts) and "decode".
 
     Raises `ValueError` for an empty prompt or one that fills the context.
     """
@@ -105,141 +99,60 @@ def generate(
     prompt_ids, prompt_mask = pad(prompts, device=device)
     lengths = prompt_mask.sum(dim=1)
     prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-    room = policy.context_length - lengths[prompt_of_row]  # [B] new tokens that have a position
-    max_new = min(sampling.max_new_tokens, int(room.max()))
-    draws = None
-    if not sampling.greedy:
-        numbers = [first_prompt + p for p in range(len(prompts)) for _ in range(group_size)]
-        members = list(range(group_size)) * len(prompts)
-        draws = torch.from_numpy(
-            uniforms(seed=seed, stream=stream, step=step, prompts=numbers, members=members, num_tokens=max_new)
-        ).to(device)
+    numbers = [first_prompt + p for p in range(len(prompts)) for _ in range(group_size)]
+    identity = Identity(seed, stream, step, numbers, list(range(group_size)) * len(prompts))
+    state = RolloutState(policy, lengths[prompt_of_row], identity, sampling=sampling, eos_id=eos_id)
     was_training = policy.training
     policy.eval()
-    table = RolloutState(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
-    if (sampling.max_rows or len(room)) >= len(room) and fits_cpu(policy, sampling, device):
-        with clock("prefill"):
-            last, prefix = prefill(policy, prompt_ids, lengths)
-        with clock("decode"):
-            table.ids, table.logprobs, table.counts, table.stopped = compiled_loop.decode(
-                policy, prefix.keys, prefix.values, prefix.lengths, last[prompt_of_row], prompt_of_row, room, draws,
-                max_new=max_new, temperature=sampling.temperature, eos_id=eos_id,
-            )  # fmt: skip
-    else:
-        _in_turn(policy, prompt_ids, lengths, table, group_size=group_size, clock=clock)
+    _prefill_and_decode(policy, prompt_ids, lengths, state, group_size=group_size, clock=clock)
     policy.train(was_training)
-    width = int(table.counts.max())
-    mask = torch.arange(width, device=device)[None] < table.counts[:, None]
-    rows = Rows(prompt_ids, lengths, prompt_of_row, table.ids[:, :width].contiguous(), mask)
-    reasons = ["stop" if stopped else "length" for stopped in table.stopped.tolist()]
-    return Rollout(rows, table.logprobs[:, :width].contiguous(), reasons)
+    width = int(state.counts.max())
+    mask = torch.arange(width, device=device)[None] < state.counts[:, None]
+    rows = Rows(prompt_ids, lengths, prompt_of_row, state.ids[:, :width].contiguous(), mask)
+    reasons = ["stop" if stopped else "length" for stopped in state.stopped.tolist()]
+    return Rollout(rows, state.logprobs[:, :width].contiguous(), reasons)
 
 
-class _Queue:
-    """The rows that have not begun, in units that begin together: a prompt's group, or `max_rows` of a larger one."""
-
-    def __init__(self, num_prompts: int, *, group_size: int, max_rows: int | None) -> None:
-        self.max_rows = num_prompts * group_size if max_rows is None else max_rows
-        size = min(group_size, self.max_rows)
-        self.units = [
-            range(first + i, first + min(i + size, group_size))
-            for first in range(0, num_prompts * group_size, group_size)
-            for i in range(0, group_size, size)
-        ]
-
-    def take(self, num_active: int) -> list[range]:
-        """Return the units that fit beside so many rows, and forget them."""
-        number = 0
-        while number < len(self.units) and num_active + len(self.units[number]) <= self.max_rows:
-            num_active += len(self.units[number])
-            number += 1
-        taken, self.units = self.units[:number], self.units[number:]
-        return taken
-
-    @property
-    def wanted(self) -> int:
-        """Rows that must have ended before others join; 0 where none wait."""
-        return max(len(self.units[0]), int(self.max_rows * (1 - KEEP_FRACTION))) if self.units else 0
-
-
-def _in_turn(
-    policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, table: RolloutState, *, group_size: int, clock: Clock
+def _prefill_and_decode(
+    policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, state: RolloutState, *, group_size: int, clock: Clock
 ) -> None:
-    """Fill the table: begin as many rows as may decode at once, and others as those end."""
-    queue = _Queue(len(lengths), group_size=group_size, max_rows=table.sampling.max_rows)
-    active: Active | None = None
-    while (units := queue.take(0 if active is None else len(active.rows))) or active is not None:
-        if units:
-            with clock("prefill"):
-                started = _start(policy, prompt_ids, lengths, units, group_size=group_size, max_new=table.max_new)
-                active = started if active is None else active.joined(started)
+    """Prefill and decode all rows of `state`, by the fastest of the three decoders that can."""
+    device, sampling = lengths.device, state.sampling
+    waiting = WaitingQueue(len(lengths), group_size=group_size, max_rows=sampling.max_rows)
+    is_compiled = waiting.max_rows >= len(state.limit) and fits_cpu(policy, sampling, device)
+    is_graph = cuda_graph.fits(policy, device) and state.max_new > 1
+    running: RunningBatch | None = None
+    while waiting.units:
+        units = waiting.take(0 if running is None else len(running.rows))
+        with clock("prefill"):
+            new = Prefilled.of(policy, prompt_ids, lengths, units, group_size=group_size)
         with clock("decode"):
-            assert active is not None
-            if isinstance(active.cache, StaticCache):
-                cuda_graph.decode(policy, active, table, check_every=CHECK_EVERY)
-                active = None
-            else:
-                active = _decode(policy, active, table, until_free=queue.wanted)
+            if is_compiled:  # a GPT-2 in float32 on a CPU, all rows at once: the whole loop is compiled
+                _decode_compiled(policy, new, state)
+            elif is_graph:  # a GPU: a step is one launch, and rows decode to their ends before others begin
+                cuda_graph.decode(policy, new, state, check_every=CHECK_EVERY)
+            else:  # plain torch: waiting rows are admitted as others end
+                running = RunningBatch(policy, new, max_new=state.max_new) if running is None else running.admit(new)
+                check_every = 1 if device.type == "cpu" else CHECK_EVERY
+                running = running.decode(state, until_free=waiting.num_wanted, check_every=check_every)
 
 
-def _start(
-    policy: CausalLM, prompt_ids: Tensor, lengths: Tensor, units: list[range], *, group_size: int, max_new: int
-) -> Active:
-    """Forward the prompts of some units and make a cache for their rows."""
-    prompts = torch.tensor([unit[0] // group_size for unit in units], device=lengths.device)
-    sizes = torch.tensor([len(unit) for unit in units], device=lengths.device)
-    lengths = lengths[prompts]
-    prompt_of_row = torch.arange(len(units), device=lengths.device).repeat_interleave(sizes)
-    hidden, prefix = prefill(policy, prompt_ids[prompts, : int(lengths.max())], lengths)
-    is_shared = policy.takes_packed and len(prompt_of_row) > len(units)
-    cache_type: type[DecodeCache | SharedDecodeCache | StaticCache]
-    cache_type = SharedDecodeCache if is_shared else DecodeCache
-    if cuda_graph.fits(policy, lengths.device):
-        cache_type = StaticCache
-    cache = None
-    if max_new > 1:
-        cache = cache_type(prefix, prompt_of_row, max_new_tokens=max_new, shape=policy.cache_shape)
-    rows = torch.tensor([row for unit in units for row in unit], device=lengths.device)
-    return Active(
-        rows, torch.zeros_like(rows), lengths[prompt_of_row], hidden[prompt_of_row], cache, prefix, prompt_of_row
+def _decode_compiled(policy: CausalLM, new: Prefilled, state: RolloutState) -> None:
+    state.ids, state.logprobs, state.counts, state.stopped = compiled_loop.decode(
+        policy,
+        new.prefix,
+        new.hidden,
+        new.prompt_of_row,
+        state.limit,
+        state.draws,
+        max_new=state.max_new,
+        temperature=state.sampling.temperature,
+        eos_id=state.eos_id,
     )
 
 
-def _decode(policy: CausalLM, active: Active, table: RolloutState, *, until_free: int) -> Active | None:
-    """Decode until `until_free` rows have ended (0: all of them); return those that are left, None for none."""
-    head = policy.head_weight.to(active.hidden.dtype).t()
-    check_every = 1 if active.rows.device.type == "cpu" else CHECK_EVERY
-    can_end, num_rows, cache = table.ends_early or active.is_mixed, len(active.rows), active.cache
-    assert not isinstance(cache, StaticCache)
-    for step in range(1, table.max_new + 1):
-        logits, temperature = active.hidden @ head, table.sampling.temperature
-        token = table.draw(logits if temperature == 1.0 else logits / temperature, active.rows, active.done)
-        active.done, has_room_to_join = active.done + 1, False
-        if step == table.max_new or cache is None:
-            break
-        if can_end and step % check_every == 0:
-            is_open = table.is_open(active.rows, active.done)
-            num_open = int(is_open.sum())
-            if num_open == 0:
-                break
-            has_room_to_join = 0 < until_free <= num_rows - num_open
-            if has_room_to_join or num_open < KEEP_FRACTION * len(active.rows):
-                kept = is_open.nonzero()[:, 0]
-                cache.keep(kept)
-                token, active.rows, active.done, active.position = (
-                    x[kept] for x in (token, active.rows, active.done, active.position)
-                )
-        # A finished row that is still in the cache goes on at its last position; what it draws is not kept.
-        place = active.position.clamp(max=policy.context_length - 1)
-        active.hidden = policy(token[:, None], positions=place[:, None], cache=cache)[:, 0]
-        active.position = active.position + 1
-        if has_room_to_join:
-            return active
-    return None
-
-
 def fits_cpu(policy: CausalLM, sampling: Sampling, device: torch.device) -> bool:
-    """Return whether the compiled loop of `rlft.cpu.decode` does what the loop here does for this policy."""
+    """Return whether the compiled loop of `rlft.cpu.decode` can decode this policy with this sampling."""
     return (
         type(policy) is GPT2
         and policy.mask_id is None

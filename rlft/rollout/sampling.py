@@ -1,7 +1,10 @@
 """Counted sampling: a token is a pure function of (distribution, seed, sample identity, position).
 
-One uniform for each (sample, position) comes from a counter-based generator; the token is the inverse of the
-cumulative distribution at it. Batch size, order, rank, world size and resume change no draw.
+Each (sample, position) has one uniform from a counter-based generator, and the token is the inverse of the cumulative
+distribution at that uniform. Batch size, order, rank, world size and resume change no draw.
+
+`choose` is the sampling rule of everything in torch. `rlft.cpu.decode_steps` has the same rule, without filters,
+compiled: tests/cpu/test_decode.py compares it with a naive loop, and tests/trainer/test_fast_paths.py with this one.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor
 from rlft.core.errors import ConfigError
 from rlft.core.rng import random_rows
 
-BLOCK = 256  # tokens whose mass is first summed, in a large vocabulary
+BLOCK = 256  # tokens of a large vocabulary whose probabilities are summed first
 BELOW_ONE = 1.0 - 2.0**-53
 
 
@@ -29,7 +32,7 @@ class Sampling:
         top_k, top_p: keep the k likeliest tokens / the smallest set of likeliest tokens with mass >= p; 0 and 1.0: off.
         min_new_tokens: the end token is not drawn before this many tokens.
         greedy: take the likeliest token instead of drawing.
-        max_rows: completions that are drawn at once; others begin as those end. None: all.
+        max_rows: the most completions that decode at once; others begin as those end. None: all of them.
     """
 
     max_new_tokens: int
@@ -71,6 +74,46 @@ def uniforms(
     return random_rows(seed, stream, counts, size=num_tokens)
 
 
+@dataclass(frozen=True)
+class Identity:
+    """The identity of B samples, which their uniforms are a function of (see `uniforms`)."""
+
+    seed: int
+    stream: str
+    step: int
+    prompts: list[int]
+    members: list[int]
+
+    def uniforms(self, num_tokens: int, *, device: torch.device) -> Tensor:
+        """Return uniforms in [0, 1), float64 `[B, num_tokens]`."""
+        return torch.from_numpy(uniforms(**vars(self), num_tokens=num_tokens)).to(device)
+
+
+def choose(
+    logits: Tensor, uniform: Tensor | None, *, sampling: Sampling, eos_id: int | None = None, done: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose each row's next token: ids [B] int64, and their logprobs [B] under the distribution after all filters.
+
+    Temperature, `min_new_tokens`, top-k and top-p apply in this order, then `sample`, or argmax without a uniform.
+
+    Arguments:
+        logits: [B, V] floating, the policy's own; they may be overwritten.
+        uniform: [B] float64 in [0, 1), or None for the likeliest token.
+        done: [B] int64, tokens that each row has drawn so far; needed for `min_new_tokens`, as is `eos_id`.
+    """
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
+    if sampling.min_new_tokens and eos_id is not None:
+        assert done is not None
+        logits[:, eos_id] = logits[:, eos_id].masked_fill(done < sampling.min_new_tokens, -torch.inf)
+    logits = filtered(logits, top_k=sampling.top_k, top_p=sampling.top_p)
+    if uniform is not None:
+        return sample(logits, uniform)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    ids = logits.argmax(dim=-1)
+    return ids, logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+
+
 def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token from each row by the inverse cumulative distribution.
 
@@ -87,7 +130,7 @@ def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     if logits.shape[1] <= 2 * BLOCK:
         ids, _ = _place(probabilities.cumsum(dim=1, dtype=torch.float64), uniform)
     else:
-        # First the block of tokens that the draw falls in, then the token in it: float64 for two short sums only.
+        # Find the block of tokens that the draw falls in, then the token in it: float64 for two short sums only.
         V = logits.shape[1]
         whole = probabilities[:, : V - V % BLOCK].view(len(logits), -1, BLOCK)
         mass = torch.cat([whole.sum(dim=2), probabilities[:, V - V % BLOCK :].sum(dim=1, keepdim=True)], dim=1).double()
@@ -98,14 +141,15 @@ def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         places = block * BLOCK + torch.arange(BLOCK, device=block.device)
         inside = torch.where(places < V, probabilities.gather(1, places.clamp(max=V - 1)), 0.0)
         place, _ = _place(inside.cumsum(dim=1, dtype=torch.float64), rest.clamp(0.0, BELOW_ONE))
-        ids = (block * BLOCK + place).clamp(max=V - 1)  # where logits are nan no place is the right one
+        ids = (block * BLOCK + place).clamp(max=V - 1)  # NaN logits could lead beyond the vocabulary
     return ids[:, 0], logprobs.gather(1, ids)[:, 0]
 
 
 def _place(cumulative: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first place [B, 1] where the cumulative mass [B, N] exceeds `uniform` [B, 1] of all of it, and that.
+    """Return the first place [B, 1] whose cumulative mass [B, N] exceeds the target, and the target [B, 1].
 
-    A place without mass is never returned: scaled by the whole, the target stays below the last cumulative entry.
+    The target is `uniform` [B, 1] times the whole mass, so it stays below the last cumulative entry: a place without
+    mass is never returned.
     """
     target = uniform * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[1] - 1), target

@@ -1,4 +1,4 @@
-"""What a rollout's rows have drawn so far, and how each draws its next token."""
+"""The state of a rollout: the tokens drawn so far, the draw of the next ones, and rows that are ready to decode."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlft.models.kv.copied import DecodeCache
+from rlft.models.base import CausalLM
 from rlft.models.kv.prefix import PrefixCache
-from rlft.models.kv.shared import SharedDecodeCache
-from rlft.models.kv.static import StaticCache
-from rlft.rollout.sampling import Sampling, filtered, sample
+from rlft.models.rows import prefill
+from rlft.rollout.sampling import Identity, Sampling, choose
 
 
 class RolloutState:
-    """What B rows have drawn so far. The last column of `ids` and `logprobs` takes what finished rows go on drawing."""
+    """The tokens that B rows have drawn so far, and the uniforms that they draw with.
+
+    `lengths` [B] are those of the prompts that they continue. `ids` and `logprobs` are `[B, max_new + 1]`: the last
+    column takes what finished rows go on drawing.
+    """
 
     def __init__(
-        self,
-        room: Tensor,
-        draws: Tensor | None,
-        *,
-        max_new: int,
-        sampling: Sampling,
-        eos_id: int | None,
-        dtype: torch.dtype,
+        self, policy: CausalLM, lengths: Tensor, identity: Identity, *, sampling: Sampling, eos_id: int | None
     ) -> None:
-        self.draws, self.max_new, self.sampling, self.eos_id = draws, max_new, sampling, eos_id
-        self.limit = room.clamp(max=max_new)  # [B] tokens that a row may have
-        self.ends_early = eos_id is not None or bool((room < max_new).any())
-        self.ids = room.new_zeros(len(room), max_new + 1)
-        self.logprobs = torch.zeros(
-            len(room), max_new + 1, dtype=torch.promote_types(dtype, torch.float32), device=room.device
-        )
+        room, dtype = policy.context_length - lengths, policy.head_weight.dtype  # [B] new tokens that have a position
+        self.sampling, self.eos_id, self.max_new = sampling, eos_id, min(sampling.max_new_tokens, int(room.max()))
+        self.limit = room.clamp(max=self.max_new)  # [B] tokens that a row may have
+        self.ends_early = eos_id is not None or bool((room < self.max_new).any())
+        self.draws: Tensor | None = None  # [B, max_new]; None: greedy
+        if not sampling.greedy:
+            self.draws = identity.uniforms(self.max_new, device=room.device)
+        self.ids = room.new_zeros(len(room), self.max_new + 1)
+        self.logprobs = torch.zeros_like(self.ids, dtype=torch.promote_types(dtype, torch.float32))
         self.counts = torch.zeros_like(room)
         self.stopped = torch.zeros_like(room, dtype=torch.bool)
 
@@ -41,7 +39,7 @@ class RolloutState:
         """Draw the next tokens [A] of `rows` [A], which have `done` [A] tokens, from logits [A, V]."""
         place = done.clamp(max=self.max_new - 1)
         uniform = None if self.draws is None else self.draws[rows, place]
-        token, logprob = _choose(logits, uniform, done, self.sampling, self.eos_id)
+        token, logprob = choose(logits, uniform, sampling=self.sampling, eos_id=self.eos_id, done=done)
         is_open = self.is_open(rows, done)
         place = torch.where(is_open, done, self.max_new)
         self.ids[rows, place] = token
@@ -52,38 +50,27 @@ class RolloutState:
         return token
 
     def is_open(self, rows: Tensor, done: Tensor) -> Tensor:
+        """Return which of `rows` [A], that have `done` [A] tokens, go on: bool [A]."""
         return ~self.stopped[rows] & (done < self.limit[rows])
 
 
-def _choose(
-    logits: Tensor, draw: Tensor | None, done: Tensor, sampling: Sampling, eos_id: int | None
-) -> tuple[Tensor, Tensor]:
-    if sampling.min_new_tokens and eos_id is not None:
-        logits[:, eos_id] = logits[:, eos_id].masked_fill(done < sampling.min_new_tokens, -torch.inf)
-    logits = filtered(logits, top_k=sampling.top_k, top_p=sampling.top_p)
-    if draw is not None:
-        return sample(logits, draw)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    token = logits.argmax(dim=-1)
-    return token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0]
+@dataclass(frozen=True)
+class Prefilled:
+    """A rows of a rollout whose prompts have been forwarded and that have drawn no token yet."""
 
+    rows: Tensor  # [A] int64, their numbers in the rollout
+    hidden: Tensor  # [A, C], predicts each row's first token
+    position: Tensor  # [A] int64, of each row's first token
+    prefix: PrefixCache  # keys and values of P prompts
+    prompt_of_row: Tensor  # [A] int64, a row's prompt among the P
 
-@dataclass
-class Active:
-    """Rows that decode together, A of them."""
-
-    rows: Tensor  # [A] their numbers
-    done: Tensor  # [A] tokens that each has drawn
-    position: Tensor  # [A] of each one's next token
-    hidden: Tensor  # [A, C] that predicts it
-    cache: DecodeCache | SharedDecodeCache | StaticCache | None  # None: one new token follows from the prompt
-    prefix: PrefixCache
-    prompt_of_row: Tensor  # [A] in `prefix`
-    is_mixed: bool = False  # whether some joined later than others
-
-    def joined(self, other: Active) -> Active:
-        assert isinstance(self.cache, DecodeCache | SharedDecodeCache)
-        self.cache.join(other.prefix, other.prompt_of_row)
-        rows, done = torch.cat([self.rows, other.rows]), torch.cat([self.done, other.done])
-        position, hidden = torch.cat([self.position, other.position]), torch.cat([self.hidden, other.hidden])
-        return Active(rows, done, position, hidden, self.cache, other.prefix, other.prompt_of_row, is_mixed=True)
+    @classmethod
+    def of(cls, policy: CausalLM, ids: Tensor, lengths: Tensor, units: list[range], *, group_size: int) -> Prefilled:
+        """Forward the prompt of each unit, which is some rows of one group; `ids` and `lengths` are of all prompts."""
+        device = lengths.device
+        prompts = torch.tensor([unit[0] // group_size for unit in units], device=device)
+        sizes = torch.tensor([len(unit) for unit in units], device=device)
+        rows = torch.tensor([row for unit in units for row in unit], device=device)
+        prompt_of_row, lengths = torch.arange(len(units), device=device).repeat_interleave(sizes), lengths[prompts]
+        hidden, prefix = prefill(policy, ids[prompts, : int(lengths.max())], lengths)
+        return cls(rows, hidden[prompt_of_row], lengths[prompt_of_row], prefix, prompt_of_row)

@@ -1,4 +1,4 @@
-"""One completion, token by token as it is drawn: for a person who reads along. `engine.generate` is for many."""
+"""One completion, token by token as it is drawn, for a person who reads along."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from rlft.models.base import CausalLM
-from rlft.models.kv.copied import DecodeCache
-from rlft.models.rows import prefill
-from rlft.rollout.sampling import Sampling, uniforms
-from rlft.rollout.state import RolloutState
+from rlft.rollout.batching import RunningBatch
+from rlft.rollout.sampling import Identity, Sampling
+from rlft.rollout.state import Prefilled, RolloutState
 
 
 @torch.no_grad()
@@ -34,22 +33,14 @@ def stream(
     if not prompt or len(prompt) >= policy.context_length:
         raise ValueError(f"a prompt has 1 to {policy.context_length - 1} tokens, and this one has {len(prompt)}")
     device = policy.head_weight.device
-    lengths = torch.tensor([len(prompt)], device=device)
-    room = policy.context_length - lengths
-    max_new = min(sampling.max_new_tokens, int(room))
-    draws = None
-    if not sampling.greedy:
-        numbers = uniforms(
-            seed=seed, stream=stream, step=step, prompts=[prompt_number], members=[member], num_tokens=max_new
-        )
-        draws = torch.from_numpy(numbers).to(device)
-    table = RolloutState(room, draws, max_new=max_new, sampling=sampling, eos_id=eos_id, dtype=policy.head_weight.dtype)
-    row = torch.zeros(1, dtype=torch.int64, device=device)
-    hidden, prefix = prefill(policy, torch.tensor([prompt], device=device), lengths)
-    cache = DecodeCache(prefix, row, max_new_tokens=max_new, shape=policy.cache_shape)
-    for step in range(max_new):
-        token = table.draw(hidden @ policy.head_weight.t() / sampling.temperature, row, row + step)
+    ids, lengths = torch.tensor([prompt], device=device), torch.tensor([len(prompt)], device=device)
+    identity = Identity(seed, stream, step, [prompt_number], [member])
+    state = RolloutState(policy, lengths, identity, sampling=sampling, eos_id=eos_id)
+    new = Prefilled.of(policy, ids, lengths, [range(1)], group_size=1)
+    running = RunningBatch(policy, new, max_new=state.max_new)
+    while True:
+        token = running.draw(state)
         yield int(token)
-        if not table.is_open(row, row + step + 1):
+        if not state.is_open(running.rows, running.done):
             return
-        hidden = policy(token[:, None], positions=(lengths + step)[:, None], cache=cache)[:, 0]
+        running.read(token)

@@ -1,15 +1,15 @@
-"""Sampling from a masked-diffusion model: hidden tokens are filled in over several rounds, each one forward.
+"""Sampling from a masked-diffusion model: hidden tokens are filled in over several rounds, each of one forward.
 
-Two orders. "ancestral" runs the noise process backwards (Sahoo et al., MDLM, arXiv:2406.07524, with the schedule
-alpha = 1 - t): a token that was hidden at t is shown by s < t with probability (t - s) / t, wherever it stands.
-"confidence" shows in each round the tokens that the model is surest of, an equal number a round, and hides the others
-again (Nie et al., LLaDA, arXiv:2502.09992, section 2.4, low-confidence remasking).
+There are two orders. "ancestral" runs the noise process backwards (Sahoo et al., MDLM, arXiv:2406.07524, with the
+schedule alpha = 1 - t): a token that is hidden at t is shown by s < t with probability (t - s) / t, wherever it stands.
+"confidence" shows in each round the tokens that the model is surest of, the same number in every round, and hides the
+others again (Nie et al., LLaDA, arXiv:2502.09992, section 2.4, low-confidence remasking).
 
-Both papers draw afresh in each round. Here a place has one uniform for its token, and for "ancestral" one for the time
-at which it is shown, for all rounds (counted, as `rlft/rollout/sampling.py` has it). "ancestral" samples the same
-distribution so, because a token is drawn in one round only. "confidence" is changed: drawn afresh, an unlikely token
-has a chance in every round and is passed over in each, so that text comes out sharper than the model at temperature 1;
-with one uniform a place keeps its draw until its turn.
+Both papers draw anew in each round. Here a place has one uniform for its token in all rounds, and with "ancestral" one
+for the time at which it is shown (both counted, see `rlft/rollout/sampling.py`). For "ancestral" the distribution is
+the same, because each token is drawn in one round only. "confidence" differs: in the paper an unlikely token is drawn
+again and again, and passed over each time, so that text comes out sharper than the model at temperature 1; with one
+uniform a place keeps its draw until its turn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlft.core.errors import ConfigError, nearest
 from rlft.models.base import CausalLM
-from rlft.rollout.sampling import sample, uniforms
+from rlft.rollout.sampling import Identity, Sampling, choose
 
 ORDERS = ("confidence", "ancestral")
 
@@ -31,7 +31,7 @@ class Unmasking:
     """How hidden tokens are filled in.
 
     Arguments:
-        num_rounds: forwards at most; with as many rounds as hidden tokens "confidence" shows one at a time.
+        num_rounds: the most forwards; with as many rounds as hidden tokens "confidence" shows one token a round.
         order: "confidence" or "ancestral".
         temperature: divides the logits that tokens are drawn from; > 0. Confidence is the probability at 1.
     """
@@ -64,12 +64,15 @@ def unmask(
 ) -> Tensor:
     """Return `ids` `[B, T]` int64 with every `policy.mask_id` replaced by a drawn token; the others stay.
 
-    The draws at place i of row b are a function of (seed, stream, step, first_row + b, i). The logits of a round's
-    tokens are held at once: for "confidence" of all that are hidden. Raises `ConfigError` for a causal policy.
+    The draws at place i of row b are a function of (seed, stream, step, first_row + b, i). The logits of all tokens
+    that a round draws are in memory at once; for "confidence" these are all hidden tokens. Raises `ConfigError` for a
+    causal policy.
     """
     if policy.mask_id is None:
         raise ConfigError("a causal model has no [MASK] to fill in: sample it with rlft.rollout.engine.generate")
-    draws, times = (_uniforms(ids, seed=seed, step=step, stream=stream, first_row=first_row, member=m) for m in (0, 1))
+    B, T = ids.shape
+    identities = (Identity(seed, stream, step, list(range(first_row, first_row + B)), [kind] * B) for kind in (0, 1))
+    draws, times = (identity.uniforms(T, device=ids.device) for identity in identities)
     was_training = policy.training
     policy.eval()
     num_hidden = (ids == policy.mask_id).sum(dim=1)  # [B] before the first round
@@ -82,7 +85,8 @@ def unmask(
         tokens, confidence = _draw(policy, ids, drawn, draws, temperature=how.temperature)
         if how.order == "confidence":
             quota = num_hidden // how.num_rounds + (k < num_hidden % how.num_rounds)
-            drawn &= _rank(confidence) < quota[:, None]
+            order = confidence.argsort(dim=1, descending=True, stable=True)  # the earlier of two equals first
+            drawn &= order.argsort(dim=1) < quota[:, None]
         ids = torch.where(drawn, tokens, ids)
     policy.train(was_training)
     return ids
@@ -92,20 +96,7 @@ def _draw(policy: CausalLM, ids: Tensor, places: Tensor, draws: Tensor, *, tempe
     """Draw a token at each of `places`: tokens `[B, T]`, and their logprobs at temperature 1, -inf elsewhere."""
     states = policy(ids)[places]  # [N, C]
     logits = states @ policy.head_weight.to(states.dtype).t()  # [N, V]
-    tokens, _ = sample(logits / temperature, draws[places])
+    tokens, _ = choose(logits, draws[places], sampling=Sampling(1, temperature))
     logprobs = logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32)).gather(1, tokens[:, None])[:, 0]
     confidence = logprobs.new_full(ids.shape, -torch.inf).masked_scatter(places, logprobs)
     return torch.zeros_like(ids).masked_scatter(places, tokens), confidence
-
-
-def _rank(x: Tensor) -> Tensor:
-    """Return each entry's place in its row's descending order, the earlier of two equals first: `[B, T]` int64."""
-    order = x.argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(order).scatter(1, order, torch.arange(x.shape[1], device=x.device).expand_as(order))
-
-
-def _uniforms(ids: Tensor, *, seed: int, step: int, stream: str, first_row: int, member: int) -> Tensor:
-    num_rows, num_tokens = ids.shape
-    rows, members = list(range(first_row, first_row + num_rows)), [member] * num_rows
-    made = uniforms(seed=seed, stream=stream, step=step, prompts=rows, members=members, num_tokens=num_tokens)
-    return torch.from_numpy(made).to(ids.device)

@@ -1,4 +1,4 @@
-"""Tokenizers whose ids come from the `tokenizers` library, which `transformers`' fast tokenizers are made of."""
+"""Tokenizers of the library `tokenizers`, on which the fast tokenizers of `transformers` are built."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rlft.text.tokenizer import Tokenizer
 
 
 class BackendTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library behind our interface.
+    """A tokenizer of the library `tokenizers` behind our interface.
 
     Arguments:
         backend: the tokenizer.
-        eos_token: the end-of-text token, which the backend knows; None where there is none.
-        make_hf: makes the `transformers` tokenizer of the same ids; None: a generic one over the backend.
-        name: what an error calls it.
+        eos_token: the end-of-text token, which is in the backend's vocabulary; None if there is none.
+        make_hf: makes the `transformers` tokenizer with the same ids; None: a generic one around the backend.
+        name: the tokenizer's name in error messages.
 
     Raises `ConfigError` if the backend has an empty vocabulary.
     """
@@ -41,7 +41,7 @@ class BackendTokenizer(Tokenizer):
                 f"{name} has an empty vocabulary: its tokenizer.json is missing, or its vocabulary was given under a "
                 f"name that this transformers does not know"
             )
-        self.vocab_size = max(vocab.values()) + 1  # the number of tokens, unless the ids have holes
+        self.vocab_size = max(vocab.values()) + 1  # larger than the number of tokens if some ids are unused
         self.eos_token = eos_token
         self.eos_id = None if eos_token is None else vocab[eos_token]
 
@@ -67,7 +67,7 @@ class BackendTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the backend's JSON."""
         backend = json.loads(self.backend.to_str())
-        for setting in ("truncation", "padding"):  # left over from the last call of `hf`, and of no effect on `encode`
+        for setting in ("truncation", "padding"):  # set by the last call of `hf`; `encode` resets them
             del backend[setting]
         return hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()
 
@@ -80,13 +80,13 @@ class BackendTokenizer(Tokenizer):
         return PreTrainedTokenizerFast(tokenizer_object=self.backend, bos_token=eos, eos_token=eos)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        # The backend may be that of `hf`, whose last call left settings of its own.
+        # `hf` may share this backend, and a call of it changes these settings.
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.backend.encode_special_tokens = True  # as ordinary text
+        self.backend.encode_special_tokens = True  # encode their text as ordinary text
         try:
             return [row.ids for row in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception as error:  # the library raises nothing narrower, as for a character outside an alphabet
+        except Exception as error:  # the library raises plain Exception, for example for an unknown character
             raise DataError(f"the tokenizer cannot encode {texts[0][:40]!r} or a text after it: {error}") from error
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
@@ -94,9 +94,9 @@ class BackendTokenizer(Tokenizer):
 
 
 def with_post_processor(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Give a backend without a post-processor the one that `transformers` gives it, which adds no token.
+    """Give a backend without a post-processor the one that `transformers` would give it, which adds no tokens.
 
-    So a tokenizer has one fingerprint, whether it was built here, saved or loaded.
+    A tokenizer then has the same fingerprint whether it was built here or loaded from a file.
     """
     if backend.post_processor is None:
         backend.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])

@@ -1,4 +1,4 @@
-"""One id for each character, as in nanoGPT's `data/shakespeare_char/prepare.py`, and one more for the end of a text."""
+"""One id for each character, as in nanoGPT's `data/shakespeare_char/prepare.py`, and one for the end of a text."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ EOS = "<|endoftext|>"
 def characters(*, alphabet: str | None = None, source: Texts | None = None) -> CharacterTokenizer:
     """Return a tokenizer with one id for each character.
 
-    Ids follow the characters' code points, so the order in which `alphabet` is written, or the texts come, changes
-    nothing. The last id is "<|endoftext|>", which no text encodes to.
+    Ids are in the order of the characters' code points, whatever the order of `alphabet` or of the texts. The last id
+    is "<|endoftext|>", which no text encodes to.
 
     Arguments:
         alphabet: the characters; give this or `source`.
-        source: the alphabet is every character of the texts of `source.rows("train")`. A character that only another
-            split holds is unknown, and refused when met.
+        source: the alphabet is every character of the texts of `source.rows("train")`. A character that occurs only in
+            another split cannot be encoded.
 
-    Raises `ConfigError` if both or neither are given, the alphabet is empty, or a character is written twice.
+    Raises `ConfigError` if both or neither are given, the alphabet is empty, or a character is in it twice.
     """
     if (alphabet is None) == (source is None):
         given = "neither" if alphabet is None else "both"
@@ -46,7 +46,7 @@ def characters(*, alphabet: str | None = None, source: Texts | None = None) -> C
 
 
 def _alphabet(source: Texts) -> str:
-    """Return every character of the training texts; kept in the cache directory where the source has a key."""
+    """Return every character of the training texts; cached on disk if the source has a key."""
     key = key_of(source)
     path = None if key is None else cache_dir() / "tokenizers" / f"alphabet-{digest(texts=key)}.json"
     if path is not None and path.is_file():
@@ -65,7 +65,7 @@ def _alphabet(source: Texts) -> str:
 
 
 def _build(ordered: list[str]) -> tokenizers.Tokenizer:
-    # Without an unknown token the backend raises at a character that it does not have, also when loaded elsewhere.
+    # Without an unknown token, the backend raises for an unknown character, also where `transformers` loads it.
     backend = tokenizers.Tokenizer(models.WordLevel({c: i for i, c in enumerate(ordered)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
@@ -74,7 +74,7 @@ def _build(ordered: list[str]) -> tokenizers.Tokenizer:
 
 
 class CharacterTokenizer(BackendTokenizer):
-    """A tokenizer that refuses characters outside its alphabet, by name, rather than drop or replace them."""
+    """A tokenizer that refuses characters outside its alphabet, and names them, instead of replacing them."""
 
     def __init__(self, backend: tokenizers.Tokenizer, alphabet: str) -> None:
         super().__init__(backend, eos_token=EOS)
@@ -83,10 +83,10 @@ class CharacterTokenizer(BackendTokenizer):
         self._ids = {character: vocab[character] for character in alphabet}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text; raises `DataError` naming the characters that are not in the alphabet."""
+        """Return the ids of each text; raises `DataError` that names the characters outside the alphabet."""
         rows = []
         for index, text in enumerate(texts):
-            try:  # a dictionary gives the backend's ids a hundred times faster than the backend
+            try:  # the backend gives the same ids a hundred times more slowly
                 rows.append([self._ids[character] for character in text])
             except KeyError:
                 raise self._unknown(text, index) from None

@@ -13,9 +13,9 @@ from rlft.core.paths import resolve
 from rlft.text.backend import BackendTokenizer, with_post_processor
 from rlft.text.tokenizer import Tokenizer
 
-_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that take a tokenizer.json as it is
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that use a tokenizer.json unchanged
 _OF_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_HARMLESS = (  # settings of a tokenizer_config.json that change neither the ids of a text nor the text of ids
+_HARMLESS = (  # settings of a tokenizer_config.json that change neither encoding nor decoding
     "backend", "chat_template", "is_local", "local_files_only", "model_input_names", "model_max_length",
     "padding_side", "tokenizer_class", "truncation_side",
 )  # fmt: skip
@@ -27,8 +27,8 @@ def huggingface(path: str) -> Tokenizer:
     Arguments:
         path: a directory with a `tokenizer.json`, `package:<package>/<directory>`, or a hub name such as "gpt2".
 
-    Code that comes with a tokenizer is never run. Raises `ConfigError` if there is no such tokenizer, the hub cannot
-    be reached, or the tokenizer has no fast version.
+    Code that comes with a tokenizer is never run. Raises `ConfigError` if there is no such tokenizer, if the hub cannot
+    be reached, or if the tokenizer has no fast version.
     """
     found = resolve(path)
     if isinstance(found, Path) and (plain := _plain(found)) is not None:
@@ -38,19 +38,19 @@ def huggingface(path: str) -> Tokenizer:
 
 
 def load_errors() -> tuple[type[Exception], ...]:
-    """Return what `from_pretrained` of `transformers` raises where there is nothing to load, or no network."""
+    """Return the exceptions that `from_pretrained` of `transformers` raises if there are no files or no network."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The hub's client lets errors of its HTTP library through: httpx, from its release 2 on httpx2.
+    # The hub's client passes on the errors of its HTTP library, which is httpx, or httpx2 from its release 2 on.
     of_http = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
     return OSError, ValueError, KeyError, ImportError, of_http
 
 
 def _plain(directory: Path) -> tuple[tokenizers.Tokenizer, str | None] | None:
-    """Return the backend and end token of a directory that needs no `transformers`, or None if it may.
+    """Return the backend and the end token if the tokenizer can be loaded without `transformers`, else None.
 
-    That is one whose `tokenizer.json` is all there is to it: of a generic class, with no setting that changes it, with
-    all special tokens in it, beside no model but GPT-2 (`AutoTokenizer` has exceptions for others).
+    It can be if its `tokenizer.json` says everything: its class is generic, no setting changes it, it holds all special
+    tokens, and the model in the directory, if any, is a GPT-2 (`AutoTokenizer` makes exceptions for others).
     """
     file = directory / "tokenizer.json"
     if not file.is_file() or any(
@@ -62,7 +62,7 @@ def _plain(directory: Path) -> tuple[tokenizers.Tokenizer, str | None] | None:
         model = directory / "config.json"
         model_type = json.loads(model.read_text(encoding="utf-8")).get("model_type") if model.exists() else "gpt2"
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception:  # `tokenizers` raises nothing narrower; what is wrong, AutoTokenizer says
+    except Exception:  # `tokenizers` raises plain Exception; AutoTokenizer will say what is wrong
         return None
     tokens = [config[name] for name in _OF_TOKENS if config.get(name) is not None]
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}

@@ -1,10 +1,10 @@
-"""One interface over every tokenizer: text to ids and back, with nothing added and nothing cut.
+"""One interface for every tokenizer: text to ids and back, with nothing added and nothing cut.
 
-What it promises of all of them, and a `transformers` tokenizer does otherwise: no special token is added; the text of a
-special token inside a user's text ("<|endoftext|>") stays ordinary text, so that data cannot end a sequence; and
-decoding neither shows special tokens nor cleans up spaces.
+All tokenizers behave alike in three points where those of `transformers` may not. Encoding adds no special token. If a
+text holds the name of a special token, such as "<|endoftext|>", it is encoded as ordinary text, so data cannot end a
+sequence. Decoding leaves special tokens out and does not clean up spaces.
 
-`transformers` takes a second to import: its object is made where it is asked for (`hf`), and for saving.
+The tokenizer of `transformers` (`hf`) is made only when it is needed, because the import takes a second.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 
 from rlft.core.errors import DataError
 
-BATCH = 1024  # texts encoded at once: a backend holds about 100 bytes for each token until the ids are taken out
-HALF = "\ufffd"  # what decoding shows of a character whose bytes are not all there
+BATCH = 1024  # texts encoded at once; a backend needs about 100 bytes for each token of them
+HALF = "\ufffd"  # decoded in place of a character of which some bytes are missing
 
 
 class Texts(Protocol):
-    """What a tokenizer is made from: `rows("train")`, whose items have `text` and `where`."""
+    """A source that a tokenizer is made from: the items of `rows("train")` have `text` and `where`."""
 
     def rows(self, split: str) -> Sequence[Any]: ...
 
@@ -33,10 +33,10 @@ class Tokenizer(ABC):
     """Text to ids and back.
 
     Attributes:
-        vocab: the id of each token, the special ones among them.
+        vocab: the id of each token, including special tokens.
         vocab_size: ids run from 0 to `vocab_size - 1`.
-        special_tokens: tokens that no text encodes to, and no decoding shows.
-        eos_id, eos_token: the end-of-text token, or None where there is none.
+        special_tokens: tokens that no text encodes to and that decoding leaves out.
+        eos_id, eos_token: the end-of-text token, or None if there is none.
     """
 
     vocab_size: int
@@ -54,11 +54,11 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 (hex): equal for tokenizers that give the same ids. For cache keys."""
+        """SHA-256 (hex) for cache keys, equal for tokenizers that give the same ids."""
 
     @functools.cached_property
     def hf(self) -> Any:
-        """The `transformers` tokenizer of the same ids, for a chat template or a `transformers` model."""
+        """The `transformers` tokenizer with the same ids, for its chat template and for saving."""
         return self._make_hf()
 
     @abstractmethod
@@ -72,11 +72,11 @@ class Tokenizer(ABC):
     def _decode(self, rows: list[list[int]]) -> list[str]: ...
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`; raises `DataError` (a `ValueError`) if it cannot be represented."""
+        """Return the ids of `text`; raises `DataError` (a `ValueError`) if it cannot be encoded."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text; the same as `encode` on each, and faster on many."""
+        """Return the ids of each text; the same as `encode` of each, but faster."""
         rows: list[list[int]] = []
         for start in range(0, len(texts), BATCH):
             batch = list(texts[start : start + BATCH])
@@ -86,7 +86,7 @@ class Tokenizer(ABC):
         return rows
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids` (a list, or an array or CPU tensor `[T]`), without special tokens."""
+        """Return the text of `ids` (a list, an array, or a CPU tensor, `[T]`), without special tokens."""
         return self.decode_batch([ids])[0]
 
     def decode_batch(self, rows: Iterable[Iterable[int]]) -> list[str]:
@@ -94,9 +94,9 @@ class Tokenizer(ABC):
         return self._decode([np.asarray(row, dtype=np.int64).tolist() for row in rows])
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield the text of `ids` piece by piece as they come: together, what `decode` gives for all of them.
+        """Yield the text of `ids` piece by piece as they arrive; the pieces add up to what `decode` returns for all.
 
-        A character whose bytes are spread over several tokens is yielded when the last of them is there.
+        A character whose bytes are spread over several tokens is yielded after the last of these tokens.
         """
         seen: list[int] = []
         shown = 0
@@ -115,7 +115,7 @@ class Tokenizer(ABC):
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise `DataError` if `text` holds a lone surrogate: JSON can carry one, no encoding can."""
+    """Raise `DataError` if `text` holds a lone surrogate, which JSON can carry but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""What a step cost beside what it had to: arithmetic, padding, memory. Definitions: docs/metrics.md."""
+"""The efficiency of a step: arithmetic, padding and memory. docs/metrics.md defines the metrics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rlft.models.base import CausalLM
 
 
 def forward_flops(policy: CausalLM, rows: Rows) -> float:
-    """Return the floating-point operations that one forward over the rows needs: each prompt once, no padding.
+    """Return the floating-point operations that one forward pass over the rows needs: each prompt once, no padding.
 
-    2 for each weight of a matrix and token read (Kaplan et al., arXiv:2001.08361, section 2.1), but behind the last
-    attention for tokens that something is predicted from, 2 V C for each token predicted, and 4 D for each query head
-    and pair of tokens that attend.
+    They are 2 for each token and each weight of a matrix (Kaplan et al., arXiv:2001.08361, section 2.1), where the
+    weights after the last attention count only for tokens from which a token is predicted; 2 V C for each predicted
+    token; and 4 D for each query head and each pair of tokens of which one attends to the other.
     """
     prompts, completions = rows.prompt_lengths.double(), num_read(rows).double()
     read = float(prompts.sum() + completions.sum())
@@ -29,7 +29,7 @@ def forward_flops(policy: CausalLM, rows: Rows) -> float:
     heads = shape.num_layers * policy.num_heads * shape.head_dim
     head = policy.head_weight.numel() * float(rows.completion_mask.sum())
     mask = rows.completion_mask
-    predicting = int(mask[:, 1:].sum()) + len(rows.prompt_of_row[mask[:, 0]].unique())  # a prompt's last token is one
+    predicting = int(mask[:, 1:].sum()) + len(rows.prompt_of_row[mask[:, 0]].unique())  # + the last tokens of prompts
     unread = read - predicting
     return 2 * _matrix_weights(policy) * read - 2 * policy.num_last_weights * unread + 2 * head + 4 * heads * pairs
 
@@ -43,9 +43,9 @@ def of_update(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """Return the metrics of an update that ran these micro-batches in so many seconds; products were in `dtype`."""
+    """Return the metrics of an update of these micro-batches that took `seconds`, with matrix products in `dtype`."""
     rows = [micro.rows for micro in micro_batches]
-    needed = 3 * sum(forward_flops(policy, r) for r in rows)  # a backward is two forwards
+    needed = 3 * sum(forward_flops(policy, r) for r in rows)  # a backward pass costs two forward passes
     return {
         "efficiency/padding_fraction": padding_fraction(policy, rows),
         "efficiency/left_out_fraction": 1.0 - sum(micro.num_rows for micro in micro_batches) / batch.num_rows,
@@ -54,7 +54,7 @@ def of_update(
 
 
 def padding_fraction(policy: CausalLM, batches: list[Rows]) -> float:
-    """Return the share of the places that the policy's layers compute in which no token stands."""
+    """Return the fraction of the positions computed by the policy's layers that are padding."""
     if policy.takes_packed:
         return 0.0
     tokens = sum(int(rows.prompt_lengths.sum() + num_read(rows).sum()) for rows in batches)
@@ -64,12 +64,12 @@ def padding_fraction(policy: CausalLM, batches: list[Rows]) -> float:
 
 @cache
 def measured_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations a second of a large square matrix product here and now: the best of five."""
+    """Return the floating-point operations per second of a large square matrix product: measured now, best of five."""
     size = 1024 if device.type == "cpu" else 8192
-    draws = torch.Generator(device).manual_seed(0)  # ones would take less power, and so less time, on a GPU
+    draws = torch.Generator(device).manual_seed(0)  # on a GPU, ones take less power, and so less time
     a, b = (torch.empty(size, size, dtype=dtype, device=device).uniform_(-1, 1, generator=draws) for _ in range(2))
     seconds = []
-    for _ in range(6):  # the first warms up
+    for _ in range(6):  # the first one warms up
         began = time.perf_counter()
         torch.mm(a, b)
         if device.type == "cuda":
@@ -79,14 +79,14 @@ def measured_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory so far, in GiB: allocated on a GPU, or resident on a CPU."""
+    """Return the peak memory so far, in GiB: allocated on a GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
 def _matrix_weights(policy: CausalLM) -> int:
-    """Return how many weights a token is multiplied with, the head left out: matrices that are no embeddings."""
+    """Return the number of weights that a token is multiplied with: all matrices but embeddings and the head."""
     looked_up = {id(module.weight) for module in policy.modules() if isinstance(module, nn.Embedding)}
     looked_up.add(id(policy.head_weight))
     return sum(p.numel() for p in policy.parameters() if p.dim() >= 2 and id(p) not in looked_up)

@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on: a live display on a terminal, plain lines elsewhere (rich does the drawing).
+"""The display of a run: live on a terminal, plain lines elsewhere. The library rich draws it.
 
-Generated text is shown with its control characters escaped and is never read as markup, so that no completion can move
-the cursor, colour the screen or break a table.
+Control characters in generated text are escaped, and the text is never read as markup, so no completion can move the
+cursor, colour the screen or break a table.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rich.text import Text
 from rlft.core.errors import ConfigError
 from rlft.core.printable import printable
 
-WINDOW = 20  # calls of `step` that the ETA and the generation/update split look back on
-REFRESHES = 2  # of the live display, a second
+WINDOW = 20  # the last calls of `step`, from which ETA and the shares of generation and update are computed
+REFRESHES = 2  # of the live display, per second
 
 # metric, label, format
 _ONLINE = (
@@ -44,18 +44,18 @@ _SUPERVISED = (
 class _Field(NamedTuple):
     label: str  # above the value in the live display
     value: str
-    phrase: str  # both, in a plain line
+    phrase: str  # label and value, in a plain line
 
 
 class Progress:
-    """The display of one run; a context manager, so that the terminal is left clean however the run ends.
+    """The display of one run; a context manager, which restores the terminal however the run ends.
 
     Arguments:
-        total_steps: optimizer steps of the whole run, those before a resume among them.
-        interactive: a live display (True), plain lines (False), or whatever the console is (None).
+        total_steps: optimizer steps of the whole run, including those before a resume.
+        interactive: a live display (True), plain lines (False), or as the console allows (None).
         log_every: steps between plain lines; the last step and every step with an evaluation have one too.
-        console: where to draw; None for standard output.
-        clock: seconds that only go forward, for elapsed time and ETA.
+        console: where to draw; None: standard output.
+        clock: a monotonic clock in seconds, for elapsed time and ETA.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Progress:
             raise ConfigError(f"total_steps must be at least 0, got {total_steps}; set steps=N")
         if log_every < 1:
             raise ConfigError(f"log_every must be at least 1, got {log_every}")
-        if console is None:  # FORCE_COLOR alone makes no log file a terminal
+        if console is None:  # FORCE_COLOR must not make a log file a terminal
             console = Console(force_terminal=sys.stdout.isatty() if interactive is None else interactive)
         self.console, self.total_steps, self.log_every = console, total_steps, log_every
         self.interactive = console.is_interactive if interactive is None else interactive
@@ -103,8 +103,8 @@ class Progress:
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` of `total_steps` optimizer steps are done, with that step's metrics.
 
-        Metrics that are not known here are passed over, absent ones are not shown, and one that is not finite shows as
-        nan (metrics.jsonl and the trackers have every value).
+        Only the metrics named above are shown, and a value that is not finite is shown as nan. (metrics.jsonl and the
+        trackers have every value.)
         """
         self._step = step
         self._latest = {**self._latest, **metrics}
@@ -118,11 +118,11 @@ class Progress:
             self._latest = {}
 
     def message(self, text: str) -> None:
-        """Print a line or several, above the live display where there is one."""
+        """Print one or more lines, above the live display if there is one."""
         self._print("\n".join(printable(line) for line in str(text).split("\n")))
 
     def samples(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print generated text; `rows` have `prompt`, `completion` and, where there is one, `reward`."""
+        """Print generated text; `rows` have the keys `prompt`, `completion` and, optionally, `reward`."""
         has_reward = any("reward" in row for row in rows)
         cells = [self._sample_cells(row)[: 3 if has_reward else 2] for row in rows]
         if not self.interactive:
@@ -140,7 +140,7 @@ class Progress:
         self.console.print(table)
 
     def plan(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Print names and values, such as the sizes that follow from the settings, before training."""
+        """Print names and values before training, such as the sizes that follow from the settings."""
         clean = [(printable(str(name)), printable(str(value))) for name, value in rows]
         if self.interactive:
             table = Table.grid(padding=(0, 2))
@@ -163,13 +163,13 @@ class Progress:
         self.message("\n".join(lines))
 
     def _start_live(self) -> None:
-        """Begin the live display at the first step, so that a run that only prints its plan leaves no empty bar."""
+        """Start the live display at the first step, so that a run that only prints its plan leaves no empty bar."""
         if self._is_open and self._live is None:
             self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=REFRESHES)
             self._live.start()
 
     def _render(self) -> Group:
-        """Draw the display; called by rich's thread, so it reads what `step` made and computes nothing from metrics."""
+        """Draw the display. rich calls this in its own thread, so it only reads what `step` has prepared."""
         step, total, fields = self._step, self.total_steps, self._fields
         bar = Table.grid(padding=(0, 2))
         bar.add_row(
@@ -209,9 +209,9 @@ class Progress:
         return fields
 
     def _note_times(self, metrics: Mapping[str, float]) -> None:
-        """Keep the step's seconds; a step without `step_time` is as long as its `time/*` together.
+        """Keep the step's seconds; without `step_time`, they are the sum of its `time/*`.
 
-        They are summed over a window, because of several updates on one batch only the first has a rollout.
+        The display sums them over a window, because only the first of several updates on a batch has a rollout.
         """
         if "time/decode" in metrics or "time/update" in metrics:
             parts = sum(_float(value) for name, value in metrics.items() if name.startswith("time/"))
@@ -222,7 +222,7 @@ class Progress:
             self._times.append((rollout, update, _float(metrics.get("step_time", parts))))
 
     def _estimate_end(self, metrics: Mapping[str, float]) -> float | None:
-        """Extrapolate the pace of the last calls; the first call has only its `step_time` to go by."""
+        """Return when the run will end, at the pace of the last calls; at the first call, at its `step_time`."""
         now = self._clock()
         self._seen.append((now, self._step))
         (then, before), pace = self._seen[0], _float(metrics.get("step_time"))
@@ -239,12 +239,12 @@ class Progress:
         return printable(row["prompt"]), printable(row["completion"]), _number(row.get("reward"), ".3f")
 
     def _print(self, text: str) -> None:
-        # A Text is taken as it is (no markup, emoji names or highlighting), soft_wrap leaves long lines whole, and rich
-        # flushes what it prints.
+        # rich prints a Text unchanged (no markup, emoji names or highlighting) and flushes it; soft_wrap keeps long
+        # lines whole.
         self.console.print(Text(self._encodable(text)), soft_wrap=True)
 
     def _encodable(self, text: str) -> str:
-        """Escape what the console's encoding cannot hold, so that a Latin-1 terminal does not end a run."""
+        """Escape characters that the console's encoding lacks, which would end a run on a Latin-1 terminal."""
         encoding = self.console.encoding
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -271,7 +271,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Return `m:ss`, or `h:mm:ss` from an hour on."""
+    """Return `m:ss`, or `h:mm:ss` for an hour or more."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl and samples.jsonl (which the trainer writes): TensorBoard, wandb or nowhere."""
+"""Trackers of metrics and samples: TensorBoard, wandb or none (the trainer itself writes the JSONL files)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _MODES = ("online", "offline", "disabled")
 
 
 class Tracker(Protocol):
-    """What the trainer tells a tracker. Steps never go back between `start` and `close`.
+    """A tracker, as the trainer calls it. Steps never decrease between `start` and `close`.
 
-    `start`'s `resume_step` is the number of optimizer steps that the run has behind it: None for a new run, 0 where a
-    run goes on that had no checkpoint. What had been logged for later steps is logged again, and must not show twice.
+    `resume_step` of `start` is the number of optimizer steps that the run has done: None for a new run, 0 for a resumed
+    run that had no checkpoint. Later steps that were logged before are logged again, and must not appear twice.
     """
 
     def start(self, *, run_dir: Path, config: dict, name: str, resume_step: int | None = None) -> None: ...
@@ -53,7 +53,7 @@ class NullTracker:
 class TensorBoardTracker:
     """Scalars, samples, configuration and summary in `run_dir/tensorboard`.
 
-    Raises `ConfigError` where tensorboard is not installed.
+    Raises `ConfigError` if tensorboard is not installed.
     """
 
     def __init__(self) -> None:
@@ -64,14 +64,15 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         first = resume_step + 1 if resume_step else 0  # the first step that is logged, perhaps again
-        # A new run is marked too: one of TensorBoard's readers takes the first mark for a start, purges at later ones.
+        # A new run has a purge_step too: one of TensorBoard's readers takes the first for the start, and purges only at
+        # later ones.
         self._writer = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=first)
         self._write_text("config", _json_block(config), first)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in _values(metrics):
             self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # a killed run keeps its curves, where the file system buffers too
+        self._writer.flush()  # so that a killed run keeps its curves
 
     def samples(self, step: int, rows: list[dict]) -> None:
         if rows:
@@ -93,17 +94,17 @@ class TensorBoardTracker:
 class WandbTracker:
     """A Weights & Biases run with metrics, a table of samples for each evaluation, configuration and summary.
 
-    Its files lie under `run_dir/wandb`. The run's id is a hash of the run directory's path, so that a resumed run goes
-    on in the same curves; rows that wandb has already are not sent again (contract 10: they are the same).
+    Its files are in `run_dir/wandb`. The run's id is a hash of the run directory's path, so a resumed run continues its
+    curves. Rows that wandb already has are not sent again, because a resumed run gives the same values.
 
     Arguments:
         project: wandb project.
-        entity: user or team; None for your default one.
-        mode: "online", "offline" (`wandb sync` uploads it later) or "disabled". None: WANDB_MODE where that is set,
-            else online with a key (WANDB_API_KEY or a netrc login), else offline.
+        entity: user or team; None: your default one.
+        mode: "online", "offline" (`wandb sync` uploads it later) or "disabled". None: WANDB_MODE if it is set, else
+            online with a key (WANDB_API_KEY or a netrc login), else offline.
         tags: labels of the run.
 
-    Raises `ConfigError` for a wrong argument, and where wandb is not installed.
+    Raises `ConfigError` for a wrong argument, and if wandb is not installed.
     """
 
     def __init__(
@@ -121,15 +122,24 @@ class WandbTracker:
         import wandb
 
         mode: Any = self.mode or _default_mode()
-        resume: Any = None  # offline, wandb takes none
+        resume: Any = None  # offline, wandb accepts no `resume`
         if mode != "offline":
             resume = "never" if resume_step is None else "allow"
         try:
             self._run = wandb.init(
-                project=self.project, entity=self.entity, mode=mode, tags=self.tags, config=config, name=name,
-                id=_run_id(run_dir), resume=resume, dir=str(run_dir),
-                allow_val_change=True, reinit="create_new", settings=wandb.Settings(console="off"),
-            )  # fmt: skip
+                project=self.project,
+                entity=self.entity,
+                mode=mode,
+                tags=self.tags,
+                config=config,
+                name=name,
+                id=_run_id(run_dir),
+                resume=resume,
+                dir=str(run_dir),
+                allow_val_change=True,
+                reinit="create_new",
+                settings=wandb.Settings(console="off"),
+            )
         except wandb.errors.Error as error:
             raise ConfigError(
                 f"wandb could not start: {error}; tracker.mode=offline needs no server, tracker=none no wandb, and "
@@ -143,11 +153,8 @@ class WandbTracker:
         import wandb
 
         columns = _columns(rows)
-        table = wandb.Table(
-            columns=["step", *columns], data=[[step, *(row.get(name) for name in columns)] for row in rows],
-            allow_mixed_types=True,
-        )  # fmt: skip
-        self._log(step, {"samples": table})
+        data = [[step, *(row.get(name) for name in columns)] for row in rows]
+        self._log(step, {"samples": wandb.Table(columns=["step", *columns], data=data, allow_mixed_types=True)})
 
     def close(self, *, summary: dict) -> None:
         if self._run is not None:
@@ -161,13 +168,13 @@ class WandbTracker:
 
 
 def _require(package: str) -> None:
-    """Refuse a tracker whose package is missing, before any weight is loaded."""
+    """Raise `ConfigError` if a tracker's package is not installed; called before any weight is loaded."""
     if importlib.util.find_spec(package) is None:
         raise ConfigError(f"tracker={package} needs {package}: pip install 'rlft[{package}]' (or tracker=none)")
 
 
 def _values(metrics: dict[str, float]) -> Iterator[tuple[str, float]]:
-    return ((name, value) for name, value in metrics.items() if name != "step")  # the step is the axis
+    return ((name, value) for name, value in metrics.items() if name != "step")  # "step" is the axis
 
 
 def _run_id(run_dir: Path) -> str:
@@ -175,14 +182,14 @@ def _run_id(run_dir: Path) -> str:
 
 
 def _default_mode() -> str | None:
-    """Return wandb's own choice (None) where WANDB_MODE makes it, else online with a key and offline without."""
+    """Return None (wandb reads WANDB_MODE itself) if WANDB_MODE is set, else online with a key, offline without."""
     if os.environ.get("WANDB_MODE"):
         return None
     return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_login() else "offline"
 
 
 def _has_netrc_login() -> bool:
-    """Look for a login where wandb looks: $NETRC, ~/.netrc, ~/_netrc."""
+    """Return whether there is a login in the files that wandb reads: $NETRC, ~/.netrc or ~/_netrc."""
     named = os.environ.get("NETRC")
     paths = [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]
     path = next((path for path in paths if path.exists()), None)
@@ -198,7 +205,7 @@ def _has_netrc_login() -> bool:
 
 
 def _json_block(values: dict) -> str:
-    """Return `values` as JSON in a Markdown code block (indented: nothing inside can end it)."""
+    """Return `values` as JSON in a Markdown code block; it is indented, so that nothing inside can end it."""
     return "".join(f"    {line}\n" for line in json.dumps(values, indent=2, default=str).splitlines())
 
 
@@ -214,6 +221,6 @@ def _markdown_table(rows: list[dict]) -> str:
 
 
 def _markdown_cell(value: Any) -> str:
-    """Write ASCII punctuation as HTML entities, so that text is neither Markdown nor HTML nor a table's edge."""
+    """Write ASCII punctuation as HTML entities, so that text is not read as Markdown, HTML or the border of a cell."""
     text = f"{value:.4g}" if isinstance(value, float) else printable(value)
     return "".join(f"&#{ord(c)};" if c.isascii() and not c.isalnum() and c != " " else c for c in text)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from rlft.core.cache_dir import atomic_path, cache_dir
+from rlft.core.cache_dir import atomic_path, cache_dir, key_of_texts
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +36,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_key_of_texts_tells_apart_the_same_characters_cut_differently() -> None:
+    class Texts:
+        def __init__(self, *texts: str) -> None:
+            self.texts = texts
+
+        def rows(self, split: str) -> list[SimpleNamespace]:
+            return [SimpleNamespace(text=text) for text in self.texts]
+
+    assert key_of_texts(Texts("ab", "c"), "train") != key_of_texts(Texts("a", "bc"), "train")

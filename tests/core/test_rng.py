@@ -13,7 +13,7 @@ WORD = 2**64
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x64-10 as its paper has it (Salmon et al., SC 2011, section 3.3): four words from a counter and a key."""
+    """Philox4x64-10 as in its paper (Salmon et al., SC 2011, section 3.3): four words from a counter and a key."""
     x, k = list(counter), list(key)
     for _ in range(10):
         high0, low0 = divmod(0xD2E7470EE14C6C93 * x[0], WORD)
@@ -24,7 +24,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def test_the_oracle_gives_the_published_vector() -> None:
-    # Random123's kat_vectors: philox4x64 10, all zero
+    # from Random123's kat_vectors: philox4x64 10, all zero
     expected = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
     assert philox([0, 0, 0, 0], [0, 0]) == expected
 
@@ -42,7 +42,7 @@ def test_a_draw_is_philox_at_the_key_and_the_counts(seed: int, stream: str, coun
 
 def test_rows_of_draws_are_those_of_a_generator_each() -> None:
     counts = [(2, 3, 4), (0, 0, 0), (2, 3, 4), (1, 10**6, 2**40)]
-    expected = np.stack([generator(7, "rollout", *count).random(9) for count in counts])  # blocks of four
+    expected = np.stack([generator(7, "rollout", *count).random(9) for count in counts])  # in blocks of four
     np.testing.assert_array_equal(random_rows(7, "rollout", counts, size=9), expected)
 
 
@@ -83,7 +83,7 @@ def test_each_epoch_is_a_permutation(num_items: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 7, 16, 50])
 def test_a_batch_depends_on_its_place_only(size: int) -> None:
-    """Batches larger than an epoch, and batches that cross from one to the next, among them."""
+    """Some batches are larger than an epoch, and some cross from one epoch to the next."""
     whole = order(7, seed=5, start=0, count=100)
     assert whole.dtype == np.int64
     for start in range(0, 100 - size, size):

@@ -81,17 +81,7 @@ def decoded(
     prompt_of_row = PROMPT_OF_ROW[chosen]
     settings: dict[str, Any] = {"max_new": MAX_NEW, "temperature": 1.0, "eos_id": EOS} | changed
     draws = draws[chosen] if draws is not None else None
-    return loop.decode(
-        policy,
-        prefix.keys,
-        prefix.values,
-        prefix.lengths,
-        hidden[prompt_of_row],
-        prompt_of_row,
-        room[chosen],
-        draws,
-        **settings,
-    )
+    return loop.decode(policy, prefix, hidden[prompt_of_row], prompt_of_row, room[chosen], draws, **settings)
 
 
 @torch.no_grad()
@@ -185,17 +175,7 @@ def test_many_rows_far_into_the_context_equal_float64_forwards(n_head: int) -> N
     def drawn_by(rows: list[int]) -> Result:
         of = prompt_of_row[rows]
         return loop.decode(
-            policy,
-            prefix.keys,
-            prefix.values,
-            prefix.lengths,
-            hidden[of],
-            of,
-            room[rows],
-            draws[rows],
-            max_new=max_new,
-            temperature=0.8,
-            eos_id=None,
+            policy, prefix, hidden[of], of, room[rows], draws[rows], max_new=max_new, temperature=0.8, eos_id=None
         )
 
     ids, logprobs, counts, stopped = drawn_by(list(range(num_rows)))
@@ -248,19 +228,7 @@ def drawn(policy: GPT2, draws: Tensor | None, *, temperature: float = 1.0) -> tu
     prefix, hidden = prefilled(policy, [[1]])
     one, room, max_new = torch.zeros(1, dtype=torch.int64), torch.tensor([50]), 3 if draws is None else len(draws)
     rows = draws[None] if draws is not None else None
-    out = loop.decode(
-        policy,
-        prefix.keys,
-        prefix.values,
-        prefix.lengths,
-        hidden,
-        one,
-        room,
-        rows,
-        max_new=max_new,
-        temperature=temperature,
-        eos_id=None,
-    )
+    out = loop.decode(policy, prefix, hidden, one, room, rows, max_new=max_new, temperature=temperature, eos_id=None)
     return out[0][0], out[1][0]
 
 
@@ -318,19 +286,7 @@ def test_a_nan_in_one_row_stays_there() -> None:
     first = hidden[PROMPT_OF_ROW].clone()
     first[3] = torch.nan
     room = policy.context_length - prefix.lengths[PROMPT_OF_ROW]
-    after = loop.decode(
-        policy,
-        prefix.keys,
-        prefix.values,
-        prefix.lengths,
-        first,
-        PROMPT_OF_ROW,
-        room,
-        draws,
-        max_new=MAX_NEW,
-        temperature=1.0,
-        eos_id=EOS,
-    )
+    after = loop.decode(policy, prefix, first, PROMPT_OF_ROW, room, draws, max_new=MAX_NEW, temperature=1.0, eos_id=EOS)
     others = torch.arange(len(room)) != 3
     assert all(a[others].equal(b[others]) for a, b in zip(after, before, strict=True))
     assert after[1][3, 0].isnan()
@@ -355,17 +311,7 @@ def test_a_signal_ends_a_team(threads: None, monkeypatch: pytest.MonkeyPatch) ->
 
     def decode(max_new: int) -> Result:
         return loop.decode(
-            policy,
-            prefix.keys,
-            prefix.values,
-            prefix.lengths,
-            hidden,
-            one,
-            one + max_new,
-            None,
-            max_new=max_new,
-            temperature=1.0,
-            eos_id=None,
+            policy, prefix, hidden, one, one + max_new, None, max_new=max_new, temperature=1.0, eos_id=None
         )
 
     want, states, state_of = decode(20), [], decode_state.state_of
@@ -391,19 +337,7 @@ def test_what_would_lead_beyond_an_array_is_refused(room: int, draws: Tensor | N
     policy, one = policy_of(), torch.zeros(1, dtype=torch.int64)
     prefix, hidden = prefilled(policy, [PROMPTS[3]])
     with pytest.raises(ValueError, match=words):
-        loop.decode(
-            policy,
-            prefix.keys,
-            prefix.values,
-            prefix.lengths,
-            hidden,
-            one,
-            one + room,
-            draws,
-            max_new=40,
-            temperature=1.0,
-            eos_id=EOS,
-        )
+        loop.decode(policy, prefix, hidden, one, one + room, draws, max_new=40, temperature=1.0, eos_id=EOS)
 
 
 def test_what_it_is_given_stays_as_it_was() -> None:
@@ -412,19 +346,7 @@ def test_what_it_is_given_stays_as_it_was() -> None:
     given = [hidden, *prefix.keys, *prefix.values, *policy.parameters()]
     before = [tensor.clone() for tensor in given]
     one = torch.zeros(1, dtype=torch.int64)
-    loop.decode(
-        policy,
-        prefix.keys,
-        prefix.values,
-        prefix.lengths,
-        hidden,
-        one,
-        one + 9,
-        uniforms(1),
-        max_new=MAX_NEW,
-        temperature=0.7,
-        eos_id=EOS,
-    )
+    loop.decode(policy, prefix, hidden, one, one + 9, uniforms(1), max_new=MAX_NEW, temperature=0.7, eos_id=EOS)
     assert all(a.equal(b) for a, b in zip(given, before, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Invented texts and a tokenizer of bytes, so that every expected id can be read off the text."""
+"""Invented texts and a byte tokenizer, with which the expected ids are the bytes of the text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EOS = 256
 
 
 class ByteTokenizer:
-    """Ids are the bytes of the text, 256 ends it; `calls` holds every text that was encoded."""
+    """Ids are the bytes of the text, and 256 is the end of text; `calls` holds every text that was encoded."""
 
     def __init__(self, eos_id: int | None = EOS, refused: str = "\0") -> None:
         self.vocab_size, self.eos_id, self.refused = 257, eos_id, refused
@@ -33,7 +33,7 @@ class ByteTokenizer:
 
 
 class ListSource:
-    """A source over given texts, split by hash."""
+    """A source of the given texts, split by hash."""
 
     def __init__(self, texts: Sequence[str], *, validation: float = 0.2, test: float = 0.1) -> None:
         rows = [Row(text, {"length": len(text)}, f"list:{i}") for i, text in enumerate(texts, 1)]

@@ -1,4 +1,4 @@
-"""Prompts with completions, pairs and judgements: what becomes of a row, and which rows are refused."""
+"""Completions, preferences and unpaired labels: the examples made from rows, and the rows that are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlft.data.preferences import PreferenceData
 from rlft.data.source import SPLITS
 from rlft.text.bpe import trained_bpe
 
-EOS = 256  # of the tokenizer of bytes
+EOS = 256  # of the byte tokenizer
 WHOLE = {"validation": 0, "test": 0}
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
@@ -43,7 +43,7 @@ def by_prompt(data, split="train"):
     return {example.prompt.text: example.completions for example in data.examples(split)}
 
 
-# What becomes of a row.
+# Examples that are made from rows.
 
 
 def test_completion_is_encoded_by_itself_and_ends_the_text(write_jsonl, tokenizer):
@@ -104,7 +104,7 @@ def test_a_judgement_is_true_or_false(write_jsonl, tokenizer, value, label):
     assert (example.completions, example.label) == ((ids("b"),), label)
 
 
-# The prompt that is left out, and conversations.
+# Rows without a prompt, and conversations.
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_without_a_template_one_message_each_is_plain_text(write_jsonl, tokenize
     }
 
 
-# What cannot be used.
+# Rows that cannot be used.
 
 BAD_PAIRS = {
     "'chosen_ends' is true or false, got 'x'": {"prompt": "b", "chosen": "x", "rejected": "y", "chosen_ends": "x"},

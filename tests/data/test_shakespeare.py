@@ -19,7 +19,7 @@ PLAY = "".join(f"KING {i}:\nInvented speech number {i},\nof two lines.\n\n" for 
 
 @pytest.fixture
 def play(tmp_path, monkeypatch):
-    """An invented play that passes for the corpus."""
+    """An invented play that is accepted as the corpus."""
     monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(PLAY.encode()).hexdigest())
     path = tmp_path / "play.txt"
     path.write_text(PLAY)

@@ -38,7 +38,7 @@ def test_an_entry_is_written_once_and_opened_as_it_was_written(own_cache):
         stored("kind", {"a": 2}, never)
     with pytest.raises(AssertionError, match="written again"):
         stored("other kind", {"a": 1}, never)
-    assert [path.name.startswith("kind-") for path in (own_cache / "data").iterdir()] == [True]  # and nothing else
+    assert [path.name.startswith("kind-") for path in (own_cache / "data").iterdir()] == [True]  # there is nothing else
 
 
 def test_columns_longer_than_what_is_held_in_memory_are_whole(monkeypatch):

@@ -1,4 +1,4 @@
-"""Generated tasks and the verifier of their answers."""
+"""Generated problems and the reward that verifies their answers."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def test_wrong_settings_are_refused(settings, message):
 def test_answers_by_hand():
     completions, answer = [" 12", "13", "1", ""], ["12", "12", 12, ""]
     ids = [[0] * 3] * 4
-    assert Answer()([""] * 4, completions, ids, answer=answer) == [1, 0, 0, 1]
-    assert Answer(mode="fraction")([""] * 4, completions, ids, answer=answer) == [1, 0.5, 0.5, 0]
-    values = Answer(mode="characters")(["", ""], ["abx", "b", "b"], [[0] * 4, [0], [0] * 2], answer=["abc", "bd", "bd"])
-    assert values == [[0.25, 0.25, 0, 0.25], [1 / 3], [1 / 3, 0]]  # the fourth of "abx" is the end, at its place
+    assert Answer()(completions, ids, answer=answer) == [1, 0, 0, 1]
+    assert Answer(mode="fraction")(completions, ids, answer=answer) == [1, 0.5, 0.5, 0]
+    values = Answer(mode="characters")(["abx", "b", "b"], [[0] * 4, [0], [0] * 2], answer=["abc", "bd", "bd"])
+    assert values == [[0.25, 0.25, 0, 0.25], [1 / 3], [1 / 3, 0]]  # the fourth of "abx" is a correct end token
 
 
 def test_what_cannot_be_verified_is_refused():
     with pytest.raises(ConfigError, match="column 'answer'"):
-        Answer()([""], ["1"], [[0]])
+        Answer()(["1"], [[0]])
     with pytest.raises(ConfigError, match="did you mean 'exact'"):
         Answer(mode="exat")
     with pytest.raises(RewardError, match="a token for each"):
-        Answer(mode="characters")([""], ["abc"], [[0]], answer=["abc"])
+        Answer(mode="characters")(["abc"], [[0]], answer=["abc"])

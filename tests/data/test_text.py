@@ -7,7 +7,7 @@ import torch
 from rlft.core.errors import ConfigError, DataError
 from rlft.data.text import TextData
 
-EOS = 256  # of the tokenizer of bytes
+EOS = 256  # of the byte tokenizer
 
 
 def packed(source, split, eos=(EOS,)):
@@ -47,7 +47,7 @@ def test_validation_blocks_keep_every_token_but_the_counted_tail(source, tokeniz
 def test_an_epoch_trains_on_every_target_once_but_the_counted_tail(source, tokenizer, block_size):
     data = TextData(source, tokenizer=tokenizer, block_size=block_size)
     tokens = np.arange(len(data.tokens("train")))
-    data._tokens["train"] = tokens  # each token its own position
+    data._tokens["train"] = tokens  # each token is its own position
     for epoch in (0, 1):
         blocks = data.batch(epoch, size=data.num_blocks("train"), seed=5)
         targets = blocks[:, 1:].flatten().tolist()

@@ -1,4 +1,4 @@
-"""Random tensors, masks and garbage for the tests of rlft.functional."""
+"""Random tensors, masks and invalid values for the tests of rlft.functional."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def randoms(seed: int, *shape: int, num: int = 1) -> list[Tensor]:
 
 
 def random_mask(seed: int, rows: int, times: int) -> Tensor:
-    """Bool [rows, times], right padded as a rollout's: row lengths from 0 to `times`, at least one row not empty."""
+    """Bool [rows, times], right-padded as in a rollout: row lengths from 0 to `times`, at least one row not empty."""
     lengths = torch.randint(0, times + 1, (rows,), generator=torch.Generator().manual_seed(seed))
     lengths[0] = max(int(lengths[0]), 1)
     return torch.arange(times)[None] < lengths[:, None]

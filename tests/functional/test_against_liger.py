@@ -1,4 +1,4 @@
-"""The losses of algorithms, put together from our parts, against Liger-Kernel's (as TRL uses them)."""
+"""The losses of algorithms, composed from our parts, against Liger-Kernel's (as TRL uses them)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_loss_gradient_clip_fraction_and_kl_equal_ligers(
     gradients = [torch.autograd.grad(x, logprobs, retain_graph=True)[0] for x in (ours, theirs)]
     assert gradients[1].abs().max() > 1e-3
     assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-14)
-    if surrogate not in ("cispo", "sapo"):  # sapo has no clip, theirs counts only positive advantages as clipped
+    if surrogate not in ("cispo", "sapo"):  # sapo has no clip; Liger's cispo counts positive advantages only
         clip_fraction = token_mean(statistics["clip_ratio/region"], mask)
         assert 0 < clip_fraction < 1
         assert_close(clip_fraction, metrics[-1], rtol=1e-12, atol=0)

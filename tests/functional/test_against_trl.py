@@ -1,4 +1,4 @@
-"""Logprobs and entropies against TRL's helpers (`trl.trainer.utils`), where TRL is installed (--no-deps will do)."""
+"""Logprobs and entropies against TRL's helpers (`trl.trainer.utils`), if TRL is installed (--no-deps is enough)."""
 
 from __future__ import annotations
 

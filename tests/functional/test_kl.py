@@ -42,13 +42,13 @@ def enumerated(length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def exact_sequence_kl(table: torch.Tensor, ref_table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """sum_y pi(y) (log pi(y) - log ref(y)), differentiable in both."""
+    """sum_y pi(y) (log pi(y) - log ref(y)), differentiable with respect to both."""
     logp, logq = (enumeration.token_logprobs(x, ids).sum(1) for x in (table, ref_table))
     return (logp.exp() * (logp - logq)).sum()
 
 
 def expectation(name: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """E_pi of a sequence's estimate, and of its gradient: the probabilities that weigh it are constants."""
+    """E_pi of a sequence's estimate and of its gradient: the probabilities are constants."""
     table, ref_table, ids = enumerated(length)
     logp, logq = (enumeration.token_logprobs(x, ids).sum(1) for x in (table, ref_table))
     value = (logp.exp().detach() * ESTIMATORS[name](logp, logq)).sum()

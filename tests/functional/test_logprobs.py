@@ -23,7 +23,7 @@ def head(seed: int = 0, rows: int = 7, width: int = 4, vocab: int = 6) -> tuple[
 
 
 def plain(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
-    """All logits at once, by autograd."""
+    """All logits at once, with autograd's gradients."""
     logp = torch.log_softmax(hidden @ weight.T / temperature, -1)
     entropy = -(logp.exp() * logp).sum(-1)
     return logp[torch.arange(len(ids)), ids], entropy if entropy_grad else entropy.detach()
@@ -116,7 +116,7 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 6 * 8)  # three rows of six float64 entries
     values, _ = token_logprobs(*head(8))
     values.sum().backward()
-    assert seen == [3, 3, 1] * 2  # forward, and again for the backward pass
+    assert seen == [3, 3, 1] * 2  # forward, and again in the backward pass
     seen.clear()
     values, _ = token_logprobs(*head(8, rows=3))
     values.sum().backward()

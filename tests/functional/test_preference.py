@@ -67,7 +67,7 @@ def test_orpo_of_a_certain_completion_is_finite_and_pushes_no_further() -> None:
     loss = orpo(chosen, torch.tensor([0.0, -5.0]), torch.tensor([4, 4]), torch.tensor([4, 4]), beta=0.5)
     loss.sum().backward()
     assert loss.isfinite().all()
-    assert_close(chosen.grad, torch.full((2,), -0.25), rtol=1e-6, atol=0)  # that of the likelihood alone
+    assert_close(chosen.grad, torch.full((2,), -0.25), rtol=1e-6, atol=0)  # only the likelihood has a gradient
 
 
 def test_kto_hand_computed() -> None:
@@ -103,7 +103,7 @@ def test_best_and_worst_of_each_group() -> None:
     nan = math.nan
     rewards = f64(2, 1, 3, 3, 1, 3, 5, 5, 5, nan, 7, nan, nan, 2, 4, nan, nan, nan)
     best, worst, is_pair = best_and_worst(rewards, group_size=3)
-    assert best.tolist()[:3] == [2, 3, 6] and worst.tolist()[:3] == [1, 4, 6]  # of equals the first
+    assert best.tolist()[:3] == [2, 3, 6] and worst.tolist()[:3] == [1, 4, 6]  # of equal rewards, the first
     assert is_pair.tolist() == [True, True, False, False, True, False]
     assert (best[4].item(), worst[4].item()) == (14, 13)
 

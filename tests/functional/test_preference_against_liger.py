@@ -28,12 +28,12 @@ def compare(ours: Tensor, theirs: Tensor, *inputs: Tensor) -> None:
 
 
 def sums() -> list[Tensor]:
-    """Chosen, rejected and the reference's, summed over 3 tokens: each a few nats below 0."""
+    """Logprobs of chosen, rejected and of the reference, summed over 3 tokens: each a few nats below 0."""
     return [(3 * (-x.abs() - 0.1)) for x in randoms(4, PAIRS, num=4)]
 
 
 def target(rows: int) -> Tensor:
-    return torch.zeros(rows, 3)  # of which they read the number of rows
+    return torch.zeros(rows, 3)  # Liger reads only the number of rows
 
 
 def test_dpo() -> None:
@@ -53,7 +53,7 @@ def test_losses_of_means(name: str) -> None:
     else:
         ours = orpo(*inputs, lengths, lengths, beta=0.4).mean()
         theirs = LigerFusedLinearORPOFunction.preference_loss_fn(*means, target(2 * PAIRS), beta=0.4)[0]
-        theirs = theirs - means[0].mean()  # they add the likelihood elsewhere
+        theirs = theirs - means[0].mean()  # Liger adds the likelihood elsewhere
     compare(ours, theirs, *inputs)
 
 

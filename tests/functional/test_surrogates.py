@@ -140,7 +140,7 @@ def test_sequence_ratio_equals_a_naive_loop(seed: int, scale: float) -> None:
 def test_gradients_before_the_first_update_are_those_of_the_score_function(name: str) -> None:
     logprobs, advantages = randoms(1, 3, 4, num=2)
     mask = torch.ones(3, 4)
-    rows = advantages[:, :1].expand(3, 4)  # one advantage a sequence: GSPO averages the gradient over its tokens
+    rows = advantages[:, :1].expand(3, 4)  # one advantage per sequence: GSPO averages the gradient over its tokens
     logprobs.requires_grad_()
     loss, statistics = POLICY[name](logprobs, logprobs.detach(), rows, mask)
     gradient = torch.autograd.grad(loss.sum(), logprobs)[0]
@@ -153,7 +153,7 @@ def test_gradients_before_the_first_update_are_those_of_the_score_function(name:
 @each_policy
 def test_gradcheck(name: str) -> None:
     logprobs, old, advantages = randoms(2, 3, 4, num=3)
-    if name == "cispo":  # the weight is a constant to autograd, so it is one here: on the bound everywhere
+    if name == "cispo":  # autograd takes the weight as a constant, so it is constant here: at the bound everywhere
         old = logprobs - 3
     mask = random_mask(2, 3, 4)
     assert torch.autograd.gradcheck(lambda x: POLICY[name](x, old, advantages, mask)[0], (logprobs.requires_grad_(),))
@@ -177,7 +177,7 @@ def test_only_logprobs_receive_a_gradient_and_statistics_are_detached(name: str)
 
 @each_policy
 def test_one_advantage_a_completion_may_be_given_as_a_vector(name: str) -> None:
-    (logprobs, old), (advantages,) = randoms(5, 3, 3, num=2), randoms(6, 3)  # square, so that broadcasting could err
+    (logprobs, old), (advantages,) = randoms(5, 3, 3, num=2), randoms(6, 3)  # square: wrong broadcasting would fit
     mask = torch.ones(3, 3)
     want = POLICY[name](logprobs, old, advantages[:, None].repeat(1, 3), mask)
     for shaped in (advantages, advantages[:, None]):

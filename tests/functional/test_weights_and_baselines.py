@@ -1,4 +1,4 @@
-"""Advantages beyond the group's mean: ReMax, BNPO, best of n, reward-weighted regression."""
+"""More advantages: ReMax, BNPO, best of n, reward-weighted regression."""
 
 from __future__ import annotations
 

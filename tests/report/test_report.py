@@ -7,12 +7,12 @@ import pytest
 
 from rlft.cli import main as command
 from rlft.core.errors import ConfigError
+from rlft.report.markdown import at_kl, interval, results, samples
 from rlft.report.runs import read_groups
-from rlft.report.table import at_kl, interval, results, samples
 
 
 def write_run(directory, *, name="held", seed=0, rewards=(0.0, 0.5), text="a | b\nc", **config):
-    """A finished run of two evaluations, at steps 0 and 10."""
+    """Writes a finished run with two evaluations, at steps 0 and 10."""
     directory.mkdir(parents=True)
     evaluations = [{"eval/reward": r, "eval/kl_completion": 4 * r} for r in rewards]
     summary = {
@@ -66,7 +66,7 @@ def test_runs_of_different_settings_are_no_seeds_of_one(tmp_path):
 
 def test_an_early_stopped_run_shows_its_last_samples(tmp_path):
     write_run(tmp_path / "a")
-    with (tmp_path / "a" / "samples.jsonl").open("a") as file:  # the best policy, evaluated again at the end
+    with (tmp_path / "a" / "samples.jsonl").open("a") as file:  # of a second evaluation at the end
         for p in range(3):
             row = {"step": 10, "split": "eval", "prompt": f"p{p}", "completion": "best", "reward": None}
             file.write(json.dumps(row) + "\n")
@@ -113,7 +113,7 @@ def test_reward_at_a_kl_lies_on_the_line_between_two_evaluations(tmp_path):
     assert at_kl(groups["held"][0], "eval/reward", 3.0) == pytest.approx(0.75)
     assert at_kl(groups["held"][1], "eval/reward", 3.0) is None
     row = results(groups, ["eval/kl_completion"], kls=[1.0, 3.0]).splitlines()[-1]
-    # at 1 nat both have 0.25; 3 nats only one reaches
+    # at 1 nat both have 0.25; only one reaches 3 nats
     assert row.endswith("| 0.250 ± 0.000 | 0.750 (1 of 2) |")
 
 

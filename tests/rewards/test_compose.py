@@ -62,7 +62,7 @@ def test_all_weights_zero_give_zero() -> None:
 
 
 def test_the_sum_is_taken_in_float64() -> None:
-    out = run(summed({"a": give(2.0**24 + 1), "b": give(-(2.0**24))}), 1)  # 2^24 + 1 is no float32
+    out = run(summed({"a": give(2.0**24 + 1), "b": give(-(2.0**24))}), 1)  # 2^24 + 1 is not a float32 number
     assert out.total.tolist() == [1.0]
 
 
@@ -186,7 +186,7 @@ def test_a_reward_that_hangs_is_left_behind_after_its_timeout() -> None:
         run(RewardSum({"slow": hangs}, weights={"slow": 1.0}, timeouts={"slow": 0.05}), 1)
     assert time.monotonic() - start < 10
     left = [thread for thread in threading.enumerate() if thread.name == "reward slow"]
-    assert [thread.daemon for thread in left] == [True]  # the process can end without it
+    assert [thread.daemon for thread in left] == [True]  # the process can end although it still runs
     release.set()
     left[0].join(10)
     assert not left[0].is_alive()

@@ -1,4 +1,4 @@
-"""A user's function in TRL's signature drops in, from a module or a file; what cannot work is refused at once."""
+"""A user's function with TRL's signature works unchanged, from a module or a file; others are refused at once."""
 
 from __future__ import annotations
 

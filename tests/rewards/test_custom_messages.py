@@ -1,4 +1,4 @@
-"""TRL's own reward functions, as they are: found in its lazy modules, with completions as strings or as messages."""
+"""TRL's own reward functions work unchanged, from its lazy modules, with completions as strings or as messages."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_trls_makers_of_rewards_are_called_in_a_file_of_ones_own(tmp_path: Path)
     path.write_text(
         "from trl.rewards import get_soft_overlong_punishment\nscore = get_soft_overlong_punishment(10, 4)\n"
     )
-    # Characters stand for tokens: none over, two of the last four, all of them.
+    # A character is a token: none, two, and all of the four tokens of the buffer are used.
     assert run(Custom(f"{path}:score"), ["a" * 6, "a" * 8, "a" * 10]) == pytest.approx([0.0, -0.5, -1.0])
 
 

@@ -1,4 +1,4 @@
-"""conf/reward/*.yaml: each composes, alone and together, and names exactly what its class takes."""
+"""conf/reward/*.yaml: each composes, alone and together, and names exactly the arguments of its class."""
 
 from __future__ import annotations
 

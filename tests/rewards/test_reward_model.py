@@ -1,4 +1,4 @@
-"""A checkpoint of a reward model or classifier as reward: its scores are those that were trained."""
+"""A checkpoint of a reward model or classifier as reward: its scores are those of the trained model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS, COMPLETIONS = ["abc", "d", "efghijk", ""], ["dd", "", "a", "kk"]
 
 
 def finished(run_dir: Path, algorithm, policy) -> str:
-    """A run as rlft/run.py leaves it, with a head that is not zero; returns its checkpoint."""
+    """Writes a run as rlft/run.py does, with a head that is not zero; returns its checkpoint."""
     if algorithm.head is not None:
         perturbed(algorithm.head, seed=3, spread=0.5)
     made = trainer(policy, algorithm, run_dir, steps=1)
@@ -48,7 +48,7 @@ def call(reward: RewardModel, prompts=PROMPTS, completions=COMPLETIONS) -> list[
 
 @torch.no_grad()
 def outputs(algorithm, text: str) -> list[float]:
-    """The head on the text's last state, with its end token, by one forward of the one row."""
+    """The head on the last state of the text and its end token, by a forward pass of this row alone."""
     ids = [*TOKENIZER.encode(text), TOKENIZER.eos_id]
     return algorithm.head.linear(algorithm.run.policy(torch.tensor([ids]))[0, -1]).tolist()
 

@@ -32,7 +32,7 @@ def save(directory: Path, *, kind: type = DistilBertForSequenceClassification, *
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config)
-        for parameter in model.parameters():  # larger than its init, so that the scores of the texts differ widely
+        for parameter in model.parameters():  # larger than at initialisation, so that the scores differ widely
             if parameter.ndim == 2:
                 parameter.data.normal_(std=0.3)
     model.save_pretrained(directory)
@@ -56,7 +56,7 @@ def score(reward: SentimentModel, texts: list[str]) -> torch.Tensor:
 
 
 def direct_logits(directory: Path, texts: list[str]) -> torch.Tensor:
-    """One unpadded forward for each text."""
+    """One unpadded forward pass for each text."""
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     with torch.no_grad():
@@ -65,12 +65,12 @@ def direct_logits(directory: Path, texts: list[str]) -> torch.Tensor:
 
 def test_each_output_equals_a_direct_call_of_transformers(directory: Path) -> None:
     logits = direct_logits(directory, TEXTS)
-    assert logits[:, 1].std() > 0.1  # the texts are told apart, so the comparison says something
+    assert logits[:, 1].std() > 0.1  # the texts have different scores, so the comparison is meaningful
     p = logits.softmax(-1)[:, 1]
     close: dict[str, Any] = {
         "rtol": 0,
         "atol": 2e-6,
-    }  # float32: padded and unpadded products are added in another order
+    }  # float32: padded and unpadded sums are in a different order
     torch.testing.assert_close(score(make(directory), TEXTS), p, **close)
     torch.testing.assert_close(score(make(directory, output="signed"), TEXTS), 2 * p - 1, **close)
     torch.testing.assert_close(score(make(directory, output="logit"), TEXTS), logits[:, 1], rtol=2e-6, atol=2e-6)

@@ -1,4 +1,4 @@
-"""The rewards that read text or count tokens, each on values worked out by hand."""
+"""The rewards that read text or count tokens, each on values computed by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TestSentiment:
     def test_the_compound_is_the_published_formula_of_the_valences(self) -> None:
         from rlft.rewards.sentiment import Sentiment
 
-        good, bad, great = 1.9, -2.5, 3.1  # valences in VADER's lexicon
+        good, bad, great = 1.9, -2.5, 3.1  # valences from VADER's lexicon
         expected = [round(s / math.sqrt(s * s + 15), 4) for s in (good, bad, great + great)]
         assert score(Sentiment(), "good", "bad", "great great") == expected == [0.4404, -0.5423, 0.8481]
 
@@ -192,7 +192,7 @@ class TestRepetition:
         assert score(Repetition(1), "it's what she's", "it’s what she’s") == [
             0,
             0,
-        ]  # an apostrophe within a word is no mark
+        ]  # an apostrophe within a word is not a mark
 
     def test_repeated_marks_are_repetition(self) -> None:
         assert score(Repetition(1), "!!!!") == [-3 / 4]
@@ -207,7 +207,7 @@ class TestRepetition:
         loop = "a great film and a great film and a great film and a great film"
         prose = "a great film that takes its time and knows what it wants to say"
         looped, plain = score(Repetition(), loop, prose)
-        assert looped == pytest.approx(-10 / 14)  # 14 bigrams, of which a great, great film, film and, and a
+        assert looped == pytest.approx(-10 / 14)  # 14 bigrams; four differ: a great, great film, film and, and a
         assert plain == 0
 
     @given(st.lists(st.sampled_from("abc"), max_size=12), st.integers(1, 4))

@@ -1,4 +1,4 @@
-"""Rewards with a number for each token, and two that come with the package: next_token and overlong."""
+"""Token-level rewards in the sum, and two of the package's rewards: next_token and overlong."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_next_token_without_targets_names_the_data_that_has_them():
 def test_overlong_is_the_papers_ramp():
     reward = Overlong(max_tokens=10, buffer=4)
     ids = [[0] * n for n in (1, 6, 7, 9, 10, 12)]
-    assert reward([], [], ids) == [0, 0, -0.25, -0.75, -1, -1]
+    assert reward(completion_ids=ids) == [0, 0, -0.25, -0.75, -1, -1]
     for buffer in (0, 11):
         with pytest.raises(ConfigError, match="between 1 and"):
             Overlong(max_tokens=10, buffer=buffer)

@@ -14,11 +14,13 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlft.models.gpt2 import GPT2
+from rlft.models.kv.prefix import PrefixCache
 from rlft.models.kv.static import StaticCache
 from rlft.models.scorer import Scorer
-from rlft.rollout import cuda_graph, engine
+from rlft.rollout import cuda_graph
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling
+from rlft.rollout.state import Prefilled, RolloutState
 from tests.models.tiny import random_ids, tiny
 
 PROMPTS = random_ids(1, [3, 1, 7, 12, 3])
@@ -55,27 +57,20 @@ def by_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Rollout, Se
 
     def rollout(policy: GPT2, *, check_every: int = 1, capture_bytes: float = 0.0, **changed: Any) -> Any:
         seen = Seen()
-        keep, captured, step, plain = (
-            StaticCache.keep,
-            cuda_graph._Steps._captured,
-            cuda_graph._Steps._step,
-            engine._decode,
-        )
-        leave_behind = cuda_graph._Steps.leave_behind
+        begin, compact, decode = StaticCache.__init__, StaticCache.compact, cuda_graph.decode
+        captured, step, look = (getattr(cuda_graph._Steps, n) for n in ("_captured", "_step", "compact"))
 
-        def decode(policy: GPT2, active: Any, table: Any, *, until_free: int) -> Any:
-            if active.cache is None:
-                return plain(policy, active, table, until_free=until_free)
-            shape, num_slots = policy.cache_shape, active.prefix.keys[0].shape[2]
-            cache = StaticCache(active.prefix, active.prompt_of_row, max_new_tokens=table.max_new, shape=shape)
+        def filled(cache: StaticCache, prefix: PrefixCache, *args: Any, **kwargs: Any) -> None:
+            begin(cache, prefix, *args, **kwargs)
             for own in (*cache.keys, *cache.values):
-                own[:, :, num_slots:] = 1e3  # whatever slots hold before a token is in them
-            active.cache = cache
-            cuda_graph.decode(policy, active, table, check_every=check_every)
+                own[:, :, prefix.keys[0].shape[2] :] = 1e3  # whatever slots hold before a token is in them
 
-        def counted_keep(cache: StaticCache, rows: Tensor) -> None:
+        def looking(*args: Any, **_: Any) -> None:
+            decode(*args, check_every=check_every)
+
+        def counted_compact(cache: StaticCache, rows: Tensor) -> None:
             seen.kept.append(len(rows))
-            keep(cache, rows)
+            compact(cache, rows)
 
         def counted_capture(steps: Any) -> Callable[[], None]:
             seen.captured.append((len(steps.rows), steps.cache.length))
@@ -89,15 +84,17 @@ def by_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Rollout, Se
 
         def counted_look(steps: Any, *args: Any, **kwargs: Any) -> None:
             seen.num_looks += 1
-            leave_behind(steps, *args, **kwargs)
+            look(steps, *args, **kwargs)
 
         with monkeypatch.context() as patch:
             patch.setattr(cuda_graph, "CAPTURE_BYTES", capture_bytes)
-            patch.setattr(engine, "_decode", decode)
-            patch.setattr(StaticCache, "keep", counted_keep)
+            patch.setattr(cuda_graph, "fits", lambda *_: True)
+            patch.setattr(cuda_graph, "decode", looking)
+            patch.setattr(StaticCache, "__init__", filled)
+            patch.setattr(StaticCache, "compact", counted_compact)
             patch.setattr(cuda_graph._Steps, "_captured", counted_capture)
             patch.setattr(cuda_graph._Steps, "_step", counted_step)
-            patch.setattr(cuda_graph._Steps, "leave_behind", counted_look)
+            patch.setattr(cuda_graph._Steps, "compact", counted_look)
             return plainly(policy, **changed), seen
 
     return rollout
@@ -202,11 +199,11 @@ def test_a_step_asks_nothing_of_the_host(
     taken, policy = [], tiny()
     whole = copy.deepcopy(policy).to("meta")
 
-    def decode(_: GPT2, active: Any, table: Any, *, until_free: int) -> None:
-        cache = StaticCache(active.prefix, active.prompt_of_row, max_new_tokens=10, shape=policy.cache_shape)
+    def decode(_: GPT2, new: Prefilled, state: RolloutState, *, check_every: int) -> None:
+        cache = StaticCache(new.prefix, new.prompt_of_row, max_new_tokens=10, shape=policy.cache_shape)
         cache.length = cache.num_slots
-        steps = cuda_graph._Steps(policy, active, table, cache)
-        for part in (steps, table, cache):
+        steps = cuda_graph._Steps(policy, new, state, cache)
+        for part in (steps, state, cache):
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):
                     setattr(part, name, value.to("meta"))
@@ -217,7 +214,8 @@ def test_a_step_asks_nothing_of_the_host(
         taken.append(steps)
         raise KeyboardInterrupt  # there is no result
 
-    monkeypatch.setattr(engine, "_decode", decode)
+    monkeypatch.setattr(cuda_graph, "fits", lambda *_: True)
+    monkeypatch.setattr(cuda_graph, "decode", decode)
     with pytest.raises(KeyboardInterrupt):
         plainly(policy, sampling=sampling, eos_id=eos_id)
     assert len(taken) == 1
@@ -231,8 +229,8 @@ def test_what_a_graph_reads_stays_where_it_is(by_graph: Any, monkeypatch: pytest
     def watched(steps: Any) -> None:
         for when in ("before", "after"):
             own = (steps.rows, steps.done, steps.position, steps.hidden, steps.head, steps.cache.bias, steps.cache.slot)
-            table = (steps.table.ids, steps.table.logprobs, steps.table.counts, steps.table.stopped)
-            addresses = [x.data_ptr() for x in (*own, *table, *steps.cache.keys, *steps.cache.values)]
+            state = (steps.state.ids, steps.state.logprobs, steps.state.counts, steps.state.stopped)
+            addresses = [x.data_ptr() for x in (*own, *state, *steps.cache.keys, *steps.cache.values)]
             assert places.setdefault((len(steps.rows), steps.cache.length), addresses) == addresses
             if when == "before":
                 step(steps)
@@ -286,7 +284,7 @@ def test_graphs_on_a_gpu_equal_the_plain_loop_there(
     by_graph: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda_graph, "fits", lambda *_: False)  # the plain loop is what `generate` takes by itself
+    monkeypatch.setattr(cuda_graph, "fits", lambda *_: False)  # `plainly` takes the plain loop, on a GPU as well
     policy = tiny(2, n_positions=16, dtype=dtype).cuda()
     settings: dict[str, Any] = {"sampling": sampling, "eos_id": eos_id}
     expected = plainly(policy, **settings)

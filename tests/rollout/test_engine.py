@@ -11,7 +11,7 @@ from rlft.models.gpt2 import GPT2
 from rlft.models.kv.copied import DecodeCache
 from rlft.models.kv.shared import SharedDecodeCache
 from rlft.models.scorer import Scorer
-from rlft.rollout import engine
+from rlft.rollout import batching
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling, uniforms
 from tests.models.tiny import logits_of, plain_logprobs, random_ids, tiny
@@ -157,17 +157,17 @@ def test_more_room_changes_no_earlier_token() -> None:
 def test_compaction_changes_nothing(greedy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, calls = tiny(), []
     cache_type = SharedDecodeCache if policy.takes_packed else DecodeCache
-    keep = cache_type.keep
+    compact = cache_type.compact
 
     def counted(cache: DecodeCache | SharedDecodeCache, rows: torch.Tensor) -> None:
         calls.append(len(rows))
-        keep(cache, rows)
+        compact(cache, rows)
         assert {len(k) for k in cache.keys + cache.values} == {len(rows)}
 
-    monkeypatch.setattr(cache_type, "keep", counted)
+    monkeypatch.setattr(cache_type, "compact", counted)
     results, num_calls = [], []
-    for fraction in (0.0, engine.KEEP_FRACTION, 1.1):
-        monkeypatch.setattr(engine, "KEEP_FRACTION", fraction)
+    for fraction in (0.0, batching.KEEP_FRACTION, 1.1):
+        monkeypatch.setattr(batching, "KEEP_FRACTION", fraction)
         calls.clear()
         results.append(rollout(policy, sampling=Sampling(15, greedy=greedy)))
         num_calls.append(len(calls))

@@ -1,4 +1,4 @@
-"""GPT-2's published files, which a package carries to machines without a network."""
+"""GPT-2's published files, from a package, so that no network is needed."""
 
 from __future__ import annotations
 

@@ -81,12 +81,6 @@ def test_the_second_call_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> Non
         trained_bpe(source=FakeSource(seed=1), vocab_size=300)
 
 
-def test_the_key_tells_apart_the_same_characters_cut_differently() -> None:
-    one, other = FakeSource(), FakeSource()
-    one.train, other.train = ["ab", "c"], ["a", "bc"]
-    assert bpe._key(one, 300) != bpe._key(other, 300)
-
-
 def test_a_damaged_cache_file_is_named(cache: Path) -> None:
     trained_bpe(source=FakeSource(), vocab_size=300)
     (path,) = (cache / "tokenizers").iterdir()

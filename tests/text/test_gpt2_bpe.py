@@ -15,13 +15,13 @@ from transformers import GPT2Tokenizer
 
 from rlft.core.errors import ConfigError
 from rlft.models.gpt2 import GPT2, GPT2Config
-from rlft.text import gpt2
+from rlft.text import gpt2_bpe as module
 from rlft.text.backend import BackendTokenizer
 from rlft.text.characters import characters
-from rlft.text.gpt2 import EOS, Tiktoken, gpt2_bpe
+from rlft.text.gpt2_bpe import EOS, Tiktoken, gpt2_bpe
 from rlft.text.tokenizer import Tokenizer
 
-# What GPT-2's pattern tells apart: letters, digits, marks and white space of many kinds, and halves of contractions.
+# What GPT-2's pattern distinguishes: letters, digits, marks, many kinds of white space, and parts of contractions.
 PIECES = [*"aBéßж字かไ한ا4١²Ⅷ½'’!?_-🙂", "'s", "'S", "'ll", "'l", "👩\u200d👧", "🏳\ufe0f\u200d🌈"]
 CONTROL = ["\0", "\x1b", "\x1c", "\x7f", "\u0301", "\u200b", "\u202e", "\ufeff", "\ufffd", "\U0010ffff"]
 SPACES = [" ", "  ", "\n", "\r\n", "\t", "\v", "\x85", "\u00a0", "\u180e", "\u2003", "\u2028", "\u3000"]
@@ -52,7 +52,7 @@ def hugging_face_files(gpt2_files: str, directory: Path) -> Path:
 
 
 def without_network(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[str]:
-    """Let every download fail, and return the list of what is asked for."""
+    """Make every download fail, and return the list of requested addresses."""
     asked: list[str] = []
 
     def get(url: str, **_: Any) -> None:
@@ -61,7 +61,7 @@ def without_network(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[str]:
 
     monkeypatch.setattr(requests, "get", get)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})  # what this process has loaded before
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})  # forget what this process has loaded
     return asked
 
 
@@ -79,7 +79,7 @@ def test_ids_are_those_that_openai_published(tokenizer: Tokenizer) -> None:
 def test_every_character_gives_the_ids_of_transformers(
     tokenizer: Tokenizer, peer: BackendTokenizer, first: int, last: int
 ) -> None:
-    """Each library has Unicode's tables of its own. What it takes a character for shows beside a letter and a space."""
+    """Each library has its own Unicode tables; the class of a character decides the ids beside a letter or space."""
     code_points = range(first, last + 1)
     texts = ["".join(f"a{chr(c)} {chr(c)}" for c in code_points[i : i + 999]) for i in range(0, len(code_points), 999)]
     assert tokenizer.encode_batch(texts) == peer.encode_batch(texts)
@@ -111,12 +111,12 @@ def test_white_space_too_long_for_tiktokens_pattern_is_cut_where_a_token_ends(
     tokenizer: Tokenizer, peer: BackendTokenizer, monkeypatch: pytest.MonkeyPatch, before: str, space: str, behind: str
 ) -> None:
     text = before + space * 300 + behind
-    text += text  # the second begins in the middle of a text
+    text += text  # the second copy begins in the middle of a text
     whole = tokenizer.encode(text)
     assert whole == peer.encode(text)
-    monkeypatch.setattr(gpt2, "_LONG", 100)
-    monkeypatch.setattr(gpt2, "_SPACES", gpt2.re.compile(gpt2._SPACES.pattern.replace("100000", "100")))
-    assert len(gpt2._parts(text)) > 1 or not before + behind
+    monkeypatch.setattr(module, "_LONG", 100)
+    monkeypatch.setattr(module, "_SPACES", module.re.compile(module._SPACES.pattern.replace("100000", "100")))
+    assert len(module._parts(text)) > 1 or not before + behind
     assert tokenizer.encode(text) == whole
 
 
@@ -128,7 +128,7 @@ def test_two_million_spaces_before_a_word_are_encoded(tokenizer: Tokenizer, peer
 def test_the_fingerprint_and_the_vocabulary_are_those_of_transformers(
     tokenizer: Tokenizer, peer: BackendTokenizer
 ) -> None:
-    assert tokenizer.fingerprint == peer.fingerprint  # so that what one has cached serves the other
+    assert tokenizer.fingerprint == peer.fingerprint  # so that one finds what the other has cached
     assert tokenizer.vocab == peer.vocab
 
 
@@ -142,7 +142,7 @@ def test_a_stream_shows_no_half_of_a_character(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("so🙂 it is")
     pieces = list(tokenizer.decode_stream(iter(ids)))
     assert pieces == ["so", "🙂", " it", " is"]
-    assert list(tokenizer.decode_stream(ids[:2]))[-1] == "\ufffd"  # one that never ends is shown at last
+    assert list(tokenizer.decode_stream(ids[:2]))[-1] == "\ufffd"  # an incomplete character is shown at the end
 
 
 def test_tiktokens_cache_serves_without_a_network(
@@ -263,7 +263,7 @@ def test_a_model_with_gpt2s_own_files_needs_no_network(
     for made in (published, openais, exported):
         assert isinstance(made, Tiktoken)
         assert made.encode("hello world") == [31373, 995] == made.hf("hello world")["input_ids"]
-    assert exported.hf.chat_template == "{{ messages[0].content }}"  # what else lies beside a model is kept as well
+    assert exported.hf.chat_template == "{{ messages[0].content }}"  # the model's other settings are kept
     assert published.hf.chat_template is None
 
 

@@ -22,7 +22,7 @@ from rlft.text.huggingface import huggingface
 
 @pytest.fixture(autouse=True)
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # HF_HUB_OFFLINE and HF_HUB_CACHE are read once, at import; these are where their values are kept.
+    # HF_HUB_OFFLINE and HF_HUB_CACHE are read once, at import, into these variables.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
 
@@ -83,7 +83,7 @@ def edit(file: Path, **values: Any) -> None:
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values))
 
 
-# What may lie beside a tokenizer.json, each with whether the file alone then says which ids a text has.
+# Files beside a tokenizer.json, and whether the tokenizer.json alone then determines the ids of a text.
 BESIDE: dict[str, tuple[Callable[[Path], None], bool]] = {
     "nothing": (lambda d: None, True),
     "a GPT-2": (lambda d: edit(d / "config.json", model_type="gpt2"), True),
@@ -122,7 +122,7 @@ def test_with_or_without_transformers_the_tokenizer_is_the_same(
     assert found.encode(text) == expected.encode(text)
     assert (found.vocab, found.eos_token, found.eos_id) == (expected.vocab, expected.eos_token, expected.eos_id)
     assert (found.fingerprint, found.special_tokens) == (expected.fingerprint, expected.special_tokens)
-    assert found.hf is auto  # for a chat template, and for saving
+    assert found.hf is auto  # it serves for chat templates and for saving
 
 
 def test_what_ships_is_saved_as_it_is(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_what_ships_is_saved_as_it_is(tmp_path: Path) -> None:
         >= {
             name: value for name, value in json.loads((ours / CONFIG).read_text()).items() if "local" not in name
         }.items()
-    )  # those say whether the hub was to be asked
+    )  # these tell whether the hub was asked
 
 
 def test_an_error_of_the_hubs_http_library_is_one_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What every kind of tokenizer must do; each kind's own promises are in its own file."""
+"""What every tokenizer must do; the tests of one kind of tokenizer are in its own file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlft.text import tokenizer as tokenizer_module
 from rlft.text.backend import BackendTokenizer
 from rlft.text.bpe import trained_bpe
 from rlft.text.characters import characters
-from rlft.text.gpt2 import gpt2_bpe
+from rlft.text.gpt2_bpe import gpt2_bpe
 from rlft.text.huggingface import huggingface
 from rlft.text.tokenizer import Tokenizer
 
@@ -110,7 +110,7 @@ def test_auto_tokenizer_gives_the_same_ids_after_save(
     tokenizer: Tokenizer, tmp_path: Path, beside_a_model: bool
 ) -> None:
     tokenizer.save(tmp_path)
-    if beside_a_model:  # transformers may choose the tokenizer's class by the model's type
+    if beside_a_model:  # transformers may choose the tokenizer's class by the type of the model
         eos = tokenizer.eos_id
         GPT2Config(vocab_size=tokenizer.vocab_size, bos_token_id=eos, eos_token_id=eos).save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(str(tmp_path))

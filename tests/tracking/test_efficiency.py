@@ -27,11 +27,11 @@ COMPLETIONS = random_ids(2, [5, 5, 5])
 
 @pytest.mark.parametrize("counted", [slice(None), slice(2, None), slice(4, None)])
 def test_needed_operations_are_those_that_torch_counts(counted: slice) -> None:
-    """Matrix products alone: attention is counted by pairs that attend, torch counts whole squares."""
+    """Only matrix products: we count pairs that attend, while torch counts all pairs."""
     policy = GPT2.from_config(vocab_size=19, n_positions=24, n_embd=16, n_layer=2, n_head=2)
     rows = rows_from(PROMPTS, COMPLETIONS, OF_ROW)
     mask = torch.zeros_like(rows.completion_mask)
-    mask[:, counted] = True  # a reward model's loss counts last tokens alone
+    mask[:, counted] = True  # a reward model's loss counts only the last tokens
     rows = replace(rows, completion_mask=mask)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         Scorer(policy)(rows)
@@ -55,11 +55,11 @@ def test_attention_is_counted_for_query_heads_as_torch_counts_it(name: str, monk
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         Scorer(policy)(rows)
     counts = {str(operation): number for operation, number in counter.get_flop_counts()["Global"].items()}
-    # Torch counts whole squares: 6 x 6 of each prompt, and the 4 tokens read of a completion with all 6 + 4 before.
+    # Torch counts all pairs: 6 x 6 in each prompt, and the 4 tokens of a completion with all 6 + 4 tokens.
     squares, pairs = 2 * 6 * 6 + 3 * 4 * (6 + 4), 2 * (6 * 7 // 2) + 3 * (4 * 6 + 4 * 5 // 2)
-    # Rounded down: some versions of transformers take their rotary angles by a product too, of less than a square.
+    # Rounded down: some versions of transformers also compute rotary angles by a small product.
     needed, attention = efficiency.forward_flops(policy, rows), counts["aten.bmm"] // squares * pairs
-    if name != "gpt2":  # whose last layer torch counts whole here
+    if name != "gpt2":  # torch counts its last layer in full here
         assert needed == counts["aten.mm"] + attention
     policy.num_heads = 0
     assert needed - efficiency.forward_flops(policy, rows) == attention
@@ -70,7 +70,7 @@ def test_padding_is_what_layers_compute_for_nothing(monkeypatch: pytest.MonkeyPa
     rows = rows_from(random_ids(1, [2, 6]), random_ids(2, [5, 3]), [0, 1])
     assert efficiency.padding_fraction(policy, [rows]) == 0.0
     monkeypatch.setattr(GPT2, "takes_packed", False)
-    # Places: 2 x 6 of prompts and 2 x 4 of completions; tokens read: 2 + 6 and 4 + 2.
+    # Positions: 2 x 6 in prompts and 2 x 4 in completions; tokens that are read: 2 + 6 and 4 + 2.
     assert efficiency.padding_fraction(policy, [rows]) == pytest.approx(1 - 14 / 20)
 
 

@@ -32,7 +32,7 @@ class FakeClock:
 
 def plain(total_steps: int = 100, **options) -> tuple[Progress, io.StringIO]:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=False, width=40)  # narrower than a line
+    console = Console(file=out, force_terminal=False, width=40)  # narrower than a plain line
     return Progress(total_steps=total_steps, console=console, **options), out
 
 
@@ -126,7 +126,7 @@ def test_the_time_split_is_over_steps_with_and_without_a_rollout():
     with progress:
         progress.step(1, {"reward": 0, "step_time": 3.0, "time/decode": 2.0, "time/update": 1.0})
         progress.step(2, {"reward": 0, "step_time": 1.0, "time/update": 1.0})
-        progress.step(3, {"reward": 0, "time/update": 0.5, "time/reward": 0.5})  # no step_time: the parts are the whole
+        progress.step(3, {"reward": 0, "time/update": 0.5, "time/reward": 0.5})  # no step_time: the sum of the parts
     assert [line.split("gen ")[1].split("  ")[0] for line in out.getvalue().splitlines()] == [
         "67% update 33%", "50% update 50%", "40% update 50%",
     ]  # fmt: skip
@@ -155,13 +155,13 @@ def test_an_interrupt_or_error_passes_through_and_leaves_the_terminal_clean(erro
     stdout = sys.stdout
     with pytest.raises(error), progress:
         progress.step(1, ONLINE)
-        assert sys.stdout is not stdout  # rich prints above the display meanwhile
+        assert sys.stdout is not stdout  # rich redirects it above the display
         raise error
     assert sys.stdout is stdout
     assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")
     length = len(out.getvalue())
     progress.message("after")
-    assert out.getvalue()[length:] == "after\n"  # no display is redrawn
+    assert out.getvalue()[length:] == "after\n"  # the display is not drawn again
 
 
 def test_a_terminal_that_only_shows_the_plan_gets_no_bar():

@@ -25,7 +25,7 @@ ROWS = [{"prompt": NASTY, "completion": "fine", "reward": 0.123456}, {"prompt": 
 
 
 class FakeRun:
-    """A wandb run that remembers; `step` is what wandb would hold after a resume."""
+    """A wandb run that records its calls; `step` is the step that wandb has after a resume."""
 
     def __init__(self, step: int = 0) -> None:
         self.step, self.rows, self.summary, self.is_finished = step, [], {}, False
@@ -47,7 +47,7 @@ def logged_out(monkeypatch, tmp_path):
 
 @pytest.fixture
 def inits(monkeypatch, logged_out):
-    """The arguments of each `wandb.init`, which starts nothing."""
+    """The arguments of each `wandb.init`, which is replaced and starts nothing."""
     wandb = pytest.importorskip("wandb")
     calls = []
 
@@ -65,7 +65,7 @@ def started(tracker: Tracker, run_dir: Path, **options) -> Tracker:
 
 
 def events(run_dir: Path, tag: str) -> list[tuple[int, Any]]:
-    """What TensorBoard's server reads of a curve or text: it drops what a later file has purged."""
+    """The points of a curve or text as TensorBoard's server reads them, without those that a later file purges."""
     module = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_accumulator")
     from tensorboard.util import tensor_util
 
@@ -86,7 +86,7 @@ def test_every_tracker_config_composes_and_builds(name):
     tracker = instantiate(node, _convert_="all")
     cls = {"none": NullTracker, "tensorboard": TensorBoardTracker, "wandb": WandbTracker}[name]
     assert type(tracker) is cls
-    assert set(node) - {"_target_"} == set(inspect.signature(cls).parameters)  # the YAML shows every knob
+    assert set(node) - {"_target_"} == set(inspect.signature(cls).parameters)  # the YAML has every setting
 
 
 @pytest.mark.parametrize("cls", [NullTracker, TensorBoardTracker, WandbTracker])
@@ -115,14 +115,14 @@ def test_tensorboard_holds_scalars_samples_config_and_summary(tmp_path):
     tracker = started(TensorBoardTracker(), tmp_path)
     tracker.log(0, {"step": 0, "eval/reward": 0.25})
     tracker.log(1, {"step": 1, "reward": math.nan})
-    assert events(tmp_path, "eval/reward") == [(0, 0.25)]  # before the run ends
+    assert events(tmp_path, "eval/reward") == [(0, 0.25)]  # already before the run ends
     tracker.samples(1, ROWS)
     tracker.samples(2, [])
     tracker.close(summary={"steps": 7, "exit_reason": "steps"})
     [(step, value)] = events(tmp_path, "reward")
     assert step == 1 and math.isnan(value)
     with pytest.raises(KeyError):
-        events(tmp_path, "step")  # the axis, not a curve
+        events(tmp_path, "step")  # the step is the axis, not a curve
     assert [step for step, _ in text(tmp_path, "samples")] == [1]
     for name, at, values in (("config", 0, CONFIG), ("summary", 7, {"steps": 7, "exit_reason": "steps"})):
         [(step, block)] = text(tmp_path, name)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import rlft.models.rows
 from rlft.algos.base import Algorithm
 from rlft.algos.online.policy_gradient import PolicyGradient
 from rlft.core.batch import Batch
@@ -16,8 +17,7 @@ from rlft.cpu import attention, compiled, gelu
 from rlft.cpu import decode as loop
 from rlft.functional import logprobs
 from rlft.models.gpt2 import GPT2
-from rlft.models.kv import packed
-from rlft.rollout import engine, sampling
+from rlft.rollout import batching, sampling
 from tests.builders import policy_gradient, rows_of, tiny, trainer
 
 
@@ -38,7 +38,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
         patch.setattr(GPT2, "takes_packed", False)
         patch.setattr(PolicyGradient, "needed", Algorithm.needed)
         patch.setattr(Batch, "by_length", lambda batch: batch)
-        patch.setattr(engine, "KEEP_FRACTION", 0.0)
+        patch.setattr(batching, "KEEP_FRACTION", 0.0)
         patch.setattr(logprobs, "CHUNK_BYTES", 1)
         return trained(tmp_path_factory.mktemp("plain"), sizes={}, micro_batch=1)
 
@@ -49,11 +49,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Ten
 )
 def test_the_same_weights_come_out(way: str, plain: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: dict[str, Any] = {}
-    monkeypatch.setattr(packed, "WORTH_LEAVING", 2.0 if way == "last layer" else 0.0)
+    monkeypatch.setattr(rlft.models.rows, "WORTH_LEAVING", 2.0 if way == "last layer" else 0.0)
     if way == "blocks":
         monkeypatch.setattr(sampling, "BLOCK", 5)
     if way == "compacted":
-        monkeypatch.setattr(engine, "KEEP_FRACTION", 1.1)
+        monkeypatch.setattr(batching, "KEEP_FRACTION", 1.1)
     if way == "padded and cut":
         monkeypatch.setattr(GPT2, "takes_packed", False)
     if way.endswith("cut"):

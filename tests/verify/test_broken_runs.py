@@ -14,7 +14,7 @@ import rlft.algos.online.rollouts
 import rlft.algos.online.scoring
 import rlft.models.scorer
 import rlft.rollout.engine
-import rlft.rollout.state
+import rlft.rollout.sampling
 from rlft.functional import advantages
 from rlft.functional import kl as divergences
 from rlft.verify import divergence, exact, optimum, refill, sampled, training
@@ -109,9 +109,9 @@ def same_for_all_members(right, members, **a):
 
 
 def without_the_end_token(right, **a):
-    left, table = right(**a), a["table"]
-    table.counts = (table.counts - table.stopped.long()).clamp(min=1)
-    return left
+    right(**a)
+    state = a["state"]
+    state.counts = (state.counts - state.stopped.long()).clamp(min=1)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def without_the_end_token(right, **a):
         ("sample", one_further, ("p-value of their frequencies",)),
         ("sample", of_the_undivided_logits, ("sampler's logprobs",)),
         ("uniforms", same_for_all_members, ("p-value of their frequencies", "independent")),
-        ("_decode", without_the_end_token, ("draws that are a completion",)),
+        ("_prefill_and_decode", without_the_end_token, ("draws that are a completion",)),
     ],
 )
 def test_a_broken_sampler_is_seen(monkeypatch, part, broken, fails):
-    break_(monkeypatch, rlft.rollout.state if part == "sample" else rlft.rollout.engine, part, broken)
+    break_(monkeypatch, rlft.rollout.engine if part.startswith("_") else rlft.rollout.sampling, part, broken)
     check(guarded("sampler", sampled.engine), fails=fails)
 
 
@@ -133,9 +133,9 @@ def test_a_broken_sampler_is_seen(monkeypatch, part, broken, fails):
 def test_a_biased_sampler_is_seen_in_the_expected_gradient(monkeypatch, broken, algorithm):
     if broken is cold:  # too little to stop the run, enough to bend the gradient
         monkeypatch.setattr(rlft.algos.online.scoring, "MAX_LOGPROB_DIFFERENCE", 10.0)
-        break_(monkeypatch, rlft.rollout.state, "sample", broken)
+        break_(monkeypatch, rlft.rollout.sampling, "sample", broken)
     else:
-        break_(monkeypatch, rlft.rollout.engine, "uniforms", broken)
+        break_(monkeypatch, rlft.rollout.sampling, "uniforms", broken)
     check(drawn(algorithm), fails=("sampled groups, along the exact one",))
 
 

@@ -1,16 +1,12 @@
-"""Caches of packed tokens, `[prompts | completions]` as one row, which only attention spreads out into rows."""
+"""A cache of packed tokens, several sequences as one row: only attention spreads them out into rows of their own."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rlft.core.batch import Rows, num_read
-from rlft.cpu.attention import Segments
-from rlft.models.kv.base import prompt_slots
+from rlft.models.kv.base import AttentionCache, Cache, prompt_slots
 from rlft.models.kv.prefix import ExpandedPrefix, PrefixCache
-
-WORTH_LEAVING = 0.9  # share of the tokens that predict something, from which the last layer runs on all
 
 
 class Packing:
@@ -24,9 +20,9 @@ class Packing:
         self.lengths, self.starts = lengths, lengths.cumsum(0) - lengths  # [R], of each row among the tokens
         self.ends = self.starts + lengths - 1  # [R], a row's last token
 
-    def segments(self, *, behind: int = 0) -> Tensor:
-        """Each row's first token, where so many tokens come before, and number of tokens, int64 `[R, 2]`."""
-        return torch.stack([self.starts + behind, self.lengths], dim=1)
+    def segments(self, *, num_before: int = 0) -> Tensor:
+        """Each row's first token and number of tokens, int64 `[R, 2]`, where so many other tokens come first."""
+        return torch.stack([self.starts + num_before, self.lengths], dim=1)
 
     @property
     def positions(self) -> Tensor:
@@ -47,84 +43,34 @@ class Packing:
         return x.reshape(*self.shape, H, D).transpose(1, 2)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Turn `spread` back: `[R, H, L, D]` to `[1, H, N, D]`."""
+        """The inverse of `spread`: `[R, H, L, D]` to `[1, H, N, D]`."""
         return self.pack(x.transpose(1, 2)).transpose(0, 1)[None]
 
 
-class PackedPrefix(PrefixCache):
-    """A `PrefixCache` of P prompts that are forwarded as one packed row."""
+class PackedCache(AttentionCache):
+    """P contexts, and B rows of which each continues one, as one row of N tokens, `[contexts | rows]`.
 
-    def __init__(self, lengths: Tensor, *, num_slots: int) -> None:
-        super().__init__(lengths)
-        self.packing = Packing(lengths, num_slots)
+    `prefix` has the contexts' keys and values afterwards, unless attention went by `segments`.
+    """
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:
-        queries, keys, values = (self.packing.spread(x) for x in (queries, keys, values))
-        return self.packing.gather(super().attend(layer, queries, keys, values, dropout=dropout))
-
-
-class PackedRows:
-    """P prompts and B completions as one row of N tokens, `[prompts | completions]`."""
-
-    used = 0
-
-    def __init__(self, rows: Rows) -> None:
-        self.prompt_of_row = rows.prompt_of_row
-        self.prefix = PackedPrefix(rows.prompt_lengths, num_slots=rows.prompt_ids.shape[1])
-        self.completions, device = Packing(num_read(rows), rows.completion_ids.shape[1] - 1), rows.completion_ids.device
-        prompts, completions = self.prefix.packing, self.completions
-        self.ids = torch.cat([prompts.pack(rows.prompt_ids), completions.pack(rows.completion_ids[:, :-1])])
-        firsts = rows.prompt_lengths[rows.prompt_of_row, None].expand(completions.shape)
-        self.positions = torch.cat([prompts.positions, completions.pack(firsts) + completions.positions])
-        behind = completions.starts[:, None] + torch.arange(completions.shape[1], device=device)
-        first = prompts.ends[rows.prompt_of_row, None]
-        before = torch.cat([first, prompts.num_tokens + behind], dim=1)  # [B, T], of the token before each
-        self.outputs, self.before = _outputs(before[rows.completion_mask], len(self.ids))
-        self.segments = Segments.of(
-            prompts.segments(), completions.segments(behind=prompts.num_tokens), rows.prompt_of_row
-        )
+    def __init__(self, contexts: Packing, rows: Packing | None = None, context_of_row: Tensor | None = None) -> None:
+        self.contexts, self.rows, self.context_of_row = contexts, rows, context_of_row
+        self.prefix = PrefixCache(contexts.lengths)
         self.expanded: ExpandedPrefix | None = None
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:
-        sizes = [self.prefix.packing.num_tokens, self.completions.num_tokens]
-        (q, own_q), (k, own_k), (v, own_v) = (x.split(sizes, dim=2) for x in (queries, keys, values))
-        of_prompts = self.prefix.attend(layer, q, k, v, dropout=dropout)
-        if sizes[1] == 0:
-            return of_prompts
-        own_q, own_k, own_v = (self.completions.spread(x) for x in (own_q, own_k, own_v))
+        qkv = (queries, keys, values)
+        if self.rows is None or self.rows.num_tokens == 0:
+            return _attend_in_rows(self.contexts, self.prefix, layer, qkv, dropout)
+        sizes = [self.contexts.num_tokens, self.rows.num_tokens]
+        of_contexts, of_rows = zip(*(x.split(sizes, dim=2) for x in qkv), strict=True)
+        in_contexts = _attend_in_rows(self.contexts, self.prefix, layer, of_contexts, dropout)
         if self.expanded is None:
-            self.expanded = self.prefix.expand(self.prompt_of_row)
-        of_completions = self.expanded.attend(layer, own_q, own_k, own_v, dropout=dropout)
-        return torch.cat([of_prompts, self.completions.gather(of_completions)], dim=2)
+            assert self.context_of_row is not None
+            self.expanded = self.prefix.expand(self.context_of_row)
+        return torch.cat([in_contexts, _attend_in_rows(self.rows, self.expanded, layer, of_rows, dropout)], dim=2)
 
 
-class UnsharedRows(PackedPrefix):
-    """Rows of which no two share a prompt, `[prompt, completion]` after `[prompt, completion]`: causal attention."""
-
-    def __init__(self, rows: Rows) -> None:
-        read, prompt_lengths = num_read(rows), rows.prompt_lengths[:, None]
-        S, T = rows.prompt_ids.shape[1], rows.completion_ids.shape[1]
-        super().__init__(rows.prompt_lengths + read, num_slots=int((rows.prompt_lengths + read).max()))
-        place = torch.arange(self.packing.shape[1], device=read.device).expand(self.packing.shape)
-        of_prompt = rows.prompt_ids.gather(1, place.clamp(max=S - 1))
-        of_completion = rows.completion_ids.gather(1, (place - prompt_lengths).clamp(min=0, max=T - 1))
-        self.ids = self.packing.pack(torch.where(place < prompt_lengths, of_prompt, of_completion))
-        alone = self.packing.segments()
-        self.segments = Segments.of(alone, alone[:0], rows.prompt_of_row[:0])
-        self.positions = self.packing.positions
-        before = self.packing.starts[:, None] + prompt_lengths - 1 + torch.arange(T, device=read.device)  # [B, T]
-        self.outputs, self.before = _outputs(before[rows.completion_mask], len(self.ids))
-
-
-def _outputs(before: Tensor, num_tokens: int) -> tuple[Tensor | None, Tensor]:
-    """Return the tokens that something is predicted from [M], and which of the M each of `before` [N] is.
-
-    Where most tokens are among them it is None, for all: leaving out a few costs more than it saves.
-    """
-    outputs, places = before.unique(return_inverse=True)
-    return (outputs, places) if len(outputs) < WORTH_LEAVING * num_tokens else (None, before)
-
-
-def is_unshared(rows: Rows) -> bool:
-    B, device = len(rows.completion_ids), rows.prompt_of_row.device
-    return len(rows.prompt_ids) == B and torch.equal(rows.prompt_of_row, torch.arange(B, device=device))
+def _attend_in_rows(packing: Packing, cache: Cache, layer: int, qkv: tuple[Tensor, ...], dropout: float) -> Tensor:
+    queries, keys, values = (packing.spread(x) for x in qkv)
+    return packing.gather(cache.attend(layer, queries, keys, values, dropout=dropout))

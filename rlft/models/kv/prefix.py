@@ -1,15 +1,15 @@
-"""The keys and values of prompts, as an update differentiates through them."""
+"""The keys and values of prompts, differentiable."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rlft.models.kv.base import SlotCache, prompt_slots
+from rlft.models.kv.base import Cache, prompt_slots
 
 
-class PrefixCache(SlotCache):
-    """The keys and values of P prompts, recorded by one causal forward over `[P, S]`; differentiable.
+class PrefixCache(Cache):
+    """The keys and values of P prompts, recorded by one causal forward over `[P, S]`.
 
     `expand` gives each completion row its prompt's keys and values, so that a prompt is forwarded once for its whole
     group. Gradients flow back through the expansion: the sum over a group's rows is the exact gradient.
@@ -33,8 +33,8 @@ class PrefixCache(SlotCache):
         return ExpandedPrefix(self, prompt_of_row)
 
 
-class ExpandedPrefix(SlotCache):
-    """A prefix as B completion rows see it in one forward over all their tokens (row b continues prompt_of_row[b])."""
+class ExpandedPrefix(Cache):
+    """A prefix as B completions read it in one forward over all their tokens; row b continues `prompt_of_row[b]`."""
 
     def __init__(self, prefix: PrefixCache, prompt_of_row: Tensor) -> None:
         super().__init__()

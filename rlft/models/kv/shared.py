@@ -1,7 +1,7 @@
-"""Decoding whose rows share their prompt's keys and values, as they are, instead of each holding a copy.
+"""Decoding in which the rows of a group share their prompt's keys and values instead of each holding a copy.
 
-Attention over a prompt is one matrix product for its whole group, and reads the prompt's cache once for all of its rows
-(as in Hydragen, arXiv:2402.05099): at a prompt of 256 tokens and groups of 8, six times as fast on a CPU.
+Attention over a prompt is one matrix product for its whole group, so that the prompt's keys and values are read once
+for all its rows (as in Hydragen, arXiv:2402.05099): on a CPU six times as fast at prompts of 256 tokens, groups of 8.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.models.kv.base import CacheShape, prompt_slots
+from rlft.models.kv.base import AttentionCache, CacheShape, prompt_slots
 from rlft.models.kv.prefix import PrefixCache
 
 
-class SharedDecodeCache:
+class SharedDecodeCache(AttentionCache):
     """A cache for token-by-token decoding of B rows that continue P prompts; written in place, without gradients.
 
-    Rows sit in P x G seats, their prompt's G being those of the largest group; a seat may be empty. Memory:
-    2 * layers * H * (P * S + B * max_new_tokens) * D elements; with joined rows up to 2 max_new_tokens.
+    A prompt has G seats, as many as the largest group has rows; in a smaller group some stay empty. Memory:
+    2 * layers * H * (P * S + B * max_new_tokens) * D elements; up to 2 max_new_tokens once rows were admitted.
     """
 
-    segments = None
-
     def __init__(self, prefix: PrefixCache, prompt_of_row: Tensor, *, max_new_tokens: int, shape: CacheShape) -> None:
-        # Keys of prompts lie transposed, [P, H, D, S], as the product with queries wants them.
+        # Prompts' keys are transposed, [P, H, D, S], as their product with queries needs them.
         self.prompt_keys = [keys.transpose(2, 3).contiguous() for keys in prefix.keys]
         self.prompt_values = list(prefix.values)
         self.lengths, self.max_new_tokens = prefix.lengths, max_new_tokens
@@ -32,12 +30,8 @@ class SharedDecodeCache:
         self.keys = [prefix.keys[0].new_empty(size) for _ in range(shape.num_layers)]  # of completions
         self.values = [prefix.keys[0].new_empty(size) for _ in range(shape.num_layers)]
         self.num_done = 0  # completion slots that are filled
-        self.starts = torch.zeros_like(prompt_of_row)  # [B], the slot that a row's first token is in
+        self.starts = torch.zeros_like(prompt_of_row)  # [B], the completion slot of a row's first token
         self._seat(prompt_of_row)
-
-    @property
-    def used(self) -> int:
-        return self.prompt_values[0].shape[2] + self.num_done
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:
         if queries.shape[2] != 1:
@@ -56,8 +50,8 @@ class SharedDecodeCache:
         from_prompt = torch.matmul(self._to_seats(weights[..., :S]), self.prompt_values[layer])  # [P, H, G, D]
         return torch.matmul(weights[..., S:], self.values[layer][:, :, :end]).add_(self._to_rows(from_prompt))
 
-    def keep(self, rows: Tensor) -> None:
-        """Compact: keep `rows` (int64 indices) and drop the others, and the prompts that have no row left."""
+    def compact(self, rows: Tensor) -> None:
+        """Keep `rows` (int64 indices), drop the others, which have ended, and the prompts that have no row left."""
         self.keys = [k.index_select(0, rows) for k in self.keys]
         self.values = [v.index_select(0, rows) for v in self.values]
         self.starts = self.starts.index_select(0, rows)
@@ -68,15 +62,15 @@ class SharedDecodeCache:
             self.lengths = self.lengths.index_select(0, prompts)
         self._seat(prompt_of_row)
 
-    def join(self, prefix: PrefixCache, prompt_of_row: Tensor) -> None:
-        """Let further rows begin behind those that are here, as many new tokens long at most."""
+    def admit(self, prefix: PrefixCache, prompt_of_row: Tensor) -> None:
+        """Add rows, which may have `max_new_tokens` tokens from the next slot on."""
         B, P = len(self.starts), len(self.lengths)
         shift = int(self.starts.min()) if B else self.num_done
         done = self.num_done - shift
         for own in (self.keys, self.values):
             for layer, mine in enumerate(own):
                 size = (B + len(prompt_of_row), mine.shape[1], done + self.max_new_tokens, mine.shape[3])
-                joined = mine.new_zeros(size)  # nothing may be nan where the bias hides it
+                joined = mine.new_zeros(size)  # not empty: hidden slots must hold no NaN
                 joined[:B, :, :done] = mine[:, :, shift : self.num_done]
                 own[layer] = joined
         new_keys = [keys.transpose(2, 3) for keys in prefix.keys]
@@ -88,11 +82,11 @@ class SharedDecodeCache:
         self._seat(torch.cat([self.prompt_of_row, prompt_of_row + P]))
 
     def _seat(self, prompt_of_row: Tensor) -> None:
-        """Give every row a seat among its prompt's, and say what of its slots it must not see."""
+        """Give every row one of its prompt's seats, and hide the slots that it must not see."""
         self.prompt_of_row, num_prompts = prompt_of_row, len(self.lengths)
         counts = torch.bincount(prompt_of_row, minlength=num_prompts)
         self.group = int(counts.max()) if len(prompt_of_row) else 0
-        first = counts.cumsum(0) - counts  # rows come in their prompts' order
+        first = counts.cumsum(0) - counts  # rows are in the order of their prompts
         member = torch.arange(len(prompt_of_row), device=prompt_of_row.device) - first[prompt_of_row]
         is_full = len(prompt_of_row) == num_prompts * self.group
         self.seats = None if is_full else prompt_of_row * self.group + member
@@ -120,7 +114,7 @@ class SharedDecodeCache:
 
 
 def _stacked(old: Tensor, new: Tensor, *, dim: int) -> Tensor:
-    """Stack along the first dimension, the shorter of the two filled up with zeros along `dim`."""
+    """Concatenate along the first dimension; the shorter along `dim` is filled up with zeros."""
     width = max(old.shape[dim], new.shape[dim])
     behind = (0, 0) * (old.dim() - 1 - dim)
     return torch.cat([F.pad(x, (*behind, 0, width - x.shape[dim])) for x in (old, new)])

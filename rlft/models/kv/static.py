@@ -1,4 +1,4 @@
-"""Decoding with arrays of a fixed size and place, as a CUDA graph needs them."""
+"""Decoding with arrays of fixed sizes and addresses, as a CUDA graph needs them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.models.kv.base import CacheShape, prompt_slots
+from rlft.models.kv.base import AttentionCache, CacheShape, prompt_slots
 from rlft.models.kv.prefix import PrefixCache
 
-ALIGNMENT = 16  # torch's memory-efficient attention copies a mask whose rows begin elsewhere
+ALIGNMENT = 16  # torch's memory-efficient attention copies a mask whose rows do not begin at multiples of it
 
 
-class StaticCache:
-    """Keys and values of B rows, `[prompt slots | completion slots]`, for steps that know nothing of the host.
+class StaticCache(AttentionCache):
+    """Keys and values of B rows, each with a copy of its prompt's, for steps that take no number from the host.
 
-    Memory: 2 * layers * B * H * (S + max_new_tokens) * D elements; each row has a copy of its prompt's.
+    Memory: 2 * layers * B * H * (S + max_new_tokens) * D elements.
     """
-
-    segments = None
 
     def __init__(self, prefix: PrefixCache, prompt_of_row: Tensor, *, max_new_tokens: int, shape: CacheShape) -> None:
         num_rows, self.used = len(prompt_of_row), prefix.keys[0].shape[2]
         self.num_slots = aligned(self.used + max_new_tokens)
         self.length = self.used  # slots that attention reads
-        self.slot = torch.tensor([self.used], device=prompt_of_row.device)  # that the next token goes to: `used`
-        # The rest is zeros: nothing may be nan where the mask hides it.
+        self.slot = torch.tensor([self.used], device=prompt_of_row.device)  # of the next token: `used` on the device
+        # The rest is zeros: hidden slots must hold no NaN.
         rest = (0, 0, 0, self.num_slots - self.used)
         self.keys = [F.pad(keys.index_select(0, prompt_of_row), rest) for keys in prefix.keys]
         self.values = [F.pad(values.index_select(0, prompt_of_row), rest) for values in prefix.values]
@@ -39,7 +37,7 @@ class StaticCache:
 
     @property
     def slot_bytes(self) -> int:
-        """What one slot of all rows and layers takes."""
+        """The memory of one slot in all rows and layers."""
         return 2 * len(self.keys) * self.keys[0][:, :, 0].numel() * self.keys[0].element_size()
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *, dropout: float = 0.0) -> Tensor:
@@ -56,14 +54,14 @@ class StaticCache:
             queries, keys, values, attn_mask=self.bias[..., : self.length], dropout_p=dropout
         )
 
-    def keep(self, rows: Tensor) -> None:
+    def compact(self, rows: Tensor) -> None:
         """Keep `rows` (int64 indices) and drop the others."""
         for own in (self.keys, self.values):
-            for layer, whole in enumerate(own):  # one after the other, so that two copies of all are never held
+            for layer, whole in enumerate(own):  # one after the other: there are never two copies of everything
                 own[layer] = whole.index_select(0, rows)
         self.bias = self.bias.index_select(0, rows)
 
 
 def aligned(num_slots: int) -> int:
-    """Round a number of slots up to what attention reads without a copy of its mask."""
+    """Round a number of slots up so that attention needs no copy of its mask."""
     return math.ceil(num_slots / ALIGNMENT) * ALIGNMENT

@@ -79,12 +79,12 @@ def test_decoding_takes_one_token_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, torch.tensor([5, 5])], ids=["gap", "no gap"])
-def test_keep_keeps_the_rows_and_drops_the_others(lengths: Tensor) -> None:
+def test_compaction_keeps_the_rows_and_drops_the_others(lengths: Tensor) -> None:
     whole, compacted = decode(lengths), decode(lengths)
     everyone, rows = torch.arange(4), torch.tensor([1, 3])
     for cache in (whole, compacted):
         feed(cache, 0, everyone)
-    compacted.keep(rows)
+    compacted.compact(rows)
     assert {t.shape for t in compacted.keys + compacted.values} == {(2, 3, 11, 4)}
     for step in (1, 2):
         if lengths is LENGTHS:
@@ -93,7 +93,7 @@ def test_keep_keeps_the_rows_and_drops_the_others(lengths: Tensor) -> None:
             assert compacted.mask(1) is None
         for (k, v), (all_k, all_v) in zip(feed(compacted, step, rows), feed(whole, step, everyone), strict=True):
             assert torch.equal(k, all_k[rows]) and torch.equal(v, all_v[rows])
-    compacted.keep(torch.tensor([1]))  # the second of those that are left
+    compacted.compact(torch.tensor([1]))  # the second of those that are left
     assert torch.equal(compacted.keys[0][:, :, :8], whole.keys[0][3:, :, :8])
 
 

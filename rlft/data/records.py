@@ -1,46 +1,48 @@
-"""Records (JSON objects, table rows) made into rows: which column is the text, what is refused, what is counted.
+"""Records (JSON objects, rows of a table) made into rows.
 
-The columns are TRL's: the text column is `prompt` (a string, or a conversation: a list of `{"role", "content"}`), or
-`text`; every other column is kept and handed to the rewards. A record with `chosen` and `rejected` may leave the prompt
-out: it is what the two share (TRL's implicit prompt).
+The columns are TRL's. The text column is `prompt` (a string, or a conversation: a list of `{"role", "content"}`), or
+`text`; all other columns are kept for the rewards. A record with `chosen` and `rejected` needs no prompt: the prompt
+is then the beginning that the two share (TRL's implicit prompt).
 """
 
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlft.core.errors import ConfigError, DataError, nearest
-from rlft.data.rows import StoredFiles
+from rlft.core.errors import ConfigError, DataError, check_choice, nearest
 from rlft.data.source import SPLITS, Row, check_fractions, check_split, sha256
+from rlft.data.stored_source import StoredFiles
 
-Paths = str | list[str] | dict[str, str | list[str]]  # of the inputs, or of those of each split
+Paths = str | list[str] | dict[str, str | list[str]]  # the inputs, or the inputs of each split
 ON_BAD_ROW = ("error", "skip")
-RESERVED = ("prompts", "completions", "completion_ids")  # keywords that a reward is called with already
+RESERVED = ("prompts", "completions", "completion_ids")  # keyword arguments of every reward
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
-class Table(StoredFiles):
-    """Base of the sources that read records; a subclass says how one of its inputs is read.
+class RecordSource(StoredFiles):
+    """Base of the sources that read records; a subclass reads one input in `records`.
 
     Args:
-        path: where the records are: a file, several (a list, or a pattern such as `shards/*.jsonl`, whose files come
-            in the order of their names). They are split by a hash of the text (`validation` and `test` are fractions
-            of the rows), and each split comes in the order of the hashes. A mapping such as `{train: a, validation:
-            b}` gives each split its own inputs, kept in their own order; a text that is in two of them stays in the
-            later one only, counted as `leaked`.
+        path: a file, a list of files, or a pattern such as `shards/*.jsonl`, whose files are read in the order of their
+            names. The rows are split by a hash of the text, and each split is in the order of the hashes. A mapping
+            such as `{train: a, validation: b}` gives each split its own inputs, and keeps their order; a text of the
+            test split is then left out of validation and train, and one of validation out of train (`leaked`).
         prompt_column: the column that holds the text.
         on_bad_row: a row that cannot be read is an error with its file and line ("error"), or left out and counted
             ("skip").
+        validation, test: fractions of the rows, if `path` does not name the inputs of each split.
 
-    Two rows are duplicates, and the second is left out and counted, where all their columns are equal: the same
-    prompt with another answer is another row, though never in another split. A column that some rows lack is None
-    there.
+    Rows are duplicates if all their columns are equal; the first is kept, the others are left out and counted. Rows
+    with the same prompt and different answers are all kept, in the same split. A column that a row lacks is None.
     """
+
+    needs: str | None = None  # the package that reads the records, from the extra `data`
 
     def __init__(
         self,
@@ -51,9 +53,11 @@ class Table(StoredFiles):
         validation: float = 0.05,
         test: float = 0.05,
     ) -> None:
-        if on_bad_row not in ON_BAD_ROW:
-            allowed = ", ".join(ON_BAD_ROW)
-            raise ConfigError(f"on_bad_row is one of {allowed}, got {on_bad_row!r}{nearest(on_bad_row, ON_BAD_ROW)}")
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            raise ConfigError(
+                f"this data set needs the package {self.needs}, which is not installed: pip install 'rlft[data]'"
+            )
+        check_choice("data.source.on_bad_row", on_bad_row, ON_BAD_ROW)
         check_fractions(validation, test)
         self.inputs = {split: self.expanded(names) for split, names in given_inputs(path).items()}
         self.is_split = isinstance(path, dict)
@@ -62,16 +66,19 @@ class Table(StoredFiles):
 
     @property
     def num_skipped(self) -> int:
-        """How many bad rows were left out."""
+        """The number of bad rows that were left out."""
         return self.counts["skipped"]
 
     def expanded(self, names: list[str]) -> list[str]:
-        """Return the inputs that are named, or raise `ConfigError` for one that does not exist."""
+        """Return the inputs that these names stand for; raises `ConfigError` for one that does not exist."""
         return found_files(names)
 
     @abstractmethod
     def records(self, path: str) -> Iterator[tuple[str, Any]]:
-        """Yield each record of one input with its place, `name:number`; a `DataError` for one that cannot be read."""
+        """Yield (place, record) for each record of an input; the place is `name:number`.
+
+        A `DataError` is yielded instead of a record that cannot be read.
+        """
 
     def read(self, split: str) -> Iterator[Row | None]:
         for path in self.inputs[split]:
@@ -98,7 +105,7 @@ class Table(StoredFiles):
 
 
 def given_inputs(path: Paths) -> dict[str, list[str]]:
-    """Return the inputs of each split; what is not a mapping stands under `train`. Raises `ConfigError`."""
+    """Return the inputs of each split, all under `train` if `path` is no mapping; raises `ConfigError`."""
     given = path if isinstance(path, dict) else {"train": path}
     for name in given:
         check_split(name)
@@ -115,7 +122,7 @@ def given_inputs(path: Paths) -> dict[str, list[str]]:
 
 
 def found_files(names: list[str]) -> list[str]:
-    """Return the files that are named, patterns replaced by their files in order; raises `ConfigError` for none."""
+    """Return the files that these names and patterns stand for; raises `ConfigError` if one stands for none."""
     found = []
     for name in names:
         path = Path(name).expanduser()
@@ -132,7 +139,7 @@ def found_files(names: list[str]) -> list[str]:
 
 
 def make_row(record: Any, where: str, prompt_column: str) -> Row:
-    """Return the record as a row, or raise `DataError` that says what is wrong and what is allowed."""
+    """Return the record as a row; raises `DataError` that says what is wrong and what is allowed."""
     if isinstance(record, DataError):
         raise record
     if not isinstance(record, dict):
@@ -158,10 +165,10 @@ def make_row(record: Any, where: str, prompt_column: str) -> Row:
 
 
 def _with_prompt(record: dict, prompt_column: str) -> dict:
-    """Return a record whose chosen and rejected texts hold the prompt with the prompt apart, any other as it is.
+    """Return a record without a prompt with the beginning that `chosen` and `rejected` share as its prompt.
 
-    As in TRL, but for texts that part within a word, which are cut at the end of the word before it. A completion so
-    begins with its white space.
+    This is TRL's rule, except where the texts first differ within a word: then they are cut at the end of the word
+    before it, so that a completion begins with white space. Other records are returned as they are.
     """
     chosen: Any = record.get("chosen")
     rejected: Any = record.get("rejected")
@@ -169,7 +176,7 @@ def _with_prompt(record: dict, prompt_column: str) -> dict:
     is_text = isinstance(chosen, str) and isinstance(rejected, str)
     if record.get(prompt_column) is not None or not (is_chat or is_text):
         return record
-    pairs = enumerate(zip(chosen, rejected, strict=False))  # one may end earlier
+    pairs = enumerate(zip(chosen, rejected, strict=False))  # one may be shorter
     size = next((i for i, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
     if is_text:
         size = _whole_words(chosen[:size])
@@ -177,7 +184,7 @@ def _with_prompt(record: dict, prompt_column: str) -> dict:
 
 
 def _whole_words(text: str) -> int:
-    """Return the length of the text without its last word, which may be cut, and without white space at the end."""
+    """Return the length of the text without its last word (which may be incomplete) and the white space before it."""
     if text[-1:].isspace():
         return len(text.rstrip())
     parts = text.rsplit(None, 1)
@@ -185,7 +192,7 @@ def _whole_words(text: str) -> int:
 
 
 def check_messages(value: Any, where: str, prompt_column: str) -> tuple[dict[str, str], ...]:
-    """Return a conversation's messages, or raise `DataError` that says what is wrong and what is allowed."""
+    """Return a conversation's messages; raises `DataError` that says what is wrong and what is allowed."""
     allowed = f"{prompt_column!r} is a string, or a list of messages such as [{{'role': 'user', 'content': 'Hi'}}]"
     if not isinstance(value, list) or not value:
         got = "an empty list" if value == [] else type(value).__name__
@@ -201,7 +208,7 @@ def check_messages(value: Any, where: str, prompt_column: str) -> tuple[dict[str
 
 
 def check_unicode(text: str, where: str, column: str) -> None:
-    """Raise `DataError` for a text with half of a character."""
+    """Raise `DataError` for a text with a lone surrogate, which is half of a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Markdown: one row for each group of runs with means and spread over seeds, and samples side by side."""
+"""Markdown tables: means over seeds with confidence intervals for each group of runs, and samples side by side."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from scipy.stats import t as student_t
 
 from rlft.core.errors import ConfigError, nearest
 from rlft.core.printable import printable
-from rlft.report.runs import Run
+from rlft.report.runs import FinishedRun
 
 REWARD, KL = "eval/reward", "eval/kl_completion"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and half-width of the 95 % confidence interval (Student's t over independent seeds).
+    """Return the mean and the half-width of its 95 % confidence interval (Student's t over independent seeds).
 
-    The half-width is nan for a single value.
+    The half-width of a single value is nan.
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
@@ -28,10 +28,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(student_t.ppf(0.975, len(values) - 1)) * error
 
 
-def at_kl(run: Run, reward: str, kl: float) -> float | None:
-    """Return the held-out reward where the run's KL first reaches `kl` nats a completion; None where it never does.
+def at_kl(run: FinishedRun, reward: str, kl: float) -> float | None:
+    """Return the held-out reward when the run's KL first reaches `kl` nats per completion; None if it never does.
 
-    Between two evaluations both are taken to change linearly.
+    Both are interpolated linearly between two evaluations.
     """
     for last, row in itertools.pairwise(row for row in run.evaluations if reward in row):
         if last.get(KL, math.nan) < kl <= row.get(KL, math.nan):
@@ -41,12 +41,13 @@ def at_kl(run: Run, reward: str, kl: float) -> float | None:
 
 
 def results(
-    groups: dict[str, list[Run]], metrics: Sequence[str], *, reward: str = REWARD, kls: Sequence[float] = ()
+    groups: dict[str, list[FinishedRun]], metrics: Sequence[str], *, reward: str = REWARD, kls: Sequence[float] = ()
 ) -> str:
     """Return a table with two rows for each group: the metrics before training, and after it as mean ± 95 % interval.
 
-    Where all groups start alike, one row says so; runs of no steps, which evaluate a policy, have no start. `kls` adds
-    columns with `reward` where the KL first reaches so many nats a completion, of those seeds that do.
+    If the metrics before training are the same for all groups, they have one row together; runs of no steps, which
+    only evaluate a policy, have none. Each of `kls` adds a column: `reward` when the KL first reaches so many nats per
+    completion, over the seeds in which it does.
 
     Raises `ConfigError` for a metric that no run has.
     """
@@ -70,27 +71,27 @@ def results(
     return "\n".join(lines)
 
 
-def _before(runs: list[Run], metrics: Sequence[str]) -> str:
+def _before(runs: list[FinishedRun], metrics: Sequence[str]) -> str:
     starts = [run.summary["evaluation"]["before"] for run in runs]
     return " | ".join(_number(statistics.fmean(start.get(metric, math.nan) for start in starts)) for metric in metrics)
 
 
 def _cell_of(values: Sequence[float | None], *, of: int = 0) -> str:
-    """Return mean ± half-width of the values that are there; with how many of `of` they are, where some are not."""
+    """Return mean ± half-width of the values that are not None; if fewer than `of`, with their number."""
     counted = [value for value in values if value is not None]
     mean, half = interval(counted) if counted else (math.nan, math.nan)
     some = f" ({len(counted)} of {of})" if 0 < len(counted) < of else ""
     return _number(mean) + ("" if math.isnan(half) else f" ± {_number(half)}") + some
 
 
-def samples(groups: dict[str, list[Run]], count: int) -> str:
-    """Return the first `count` held-out prompts with the completions before and after training, the first seed's."""
+def samples(groups: dict[str, list[FinishedRun]], count: int) -> str:
+    """Return the first `count` held-out prompts with the first seed's completions before and after training."""
     parts = []
     for name, (run, *_) in groups.items():
-        if not run.evaluations:  # its data held nothing out
+        if not run.evaluations:  # its data has no validation split
             continue
         untouched, all_last = run.samples(0), run.samples(run.evaluations[-1]["step"])
-        last = all_last[-len(untouched) :]  # an early-stopped run ends with a second evaluation, of its best policy
+        last = all_last[-len(untouched) :]  # an early-stopped run ends with a second evaluation
         lines = [f"#### {name}, seed {run.seed}", "", "| prompt | before | after |", "|---|---|---|"]
         for before, after in list(zip(untouched, last, strict=True))[:count]:
             lines.append(f"| {_cell(before['prompt'])} | {_scored(before)} | {_scored(after)} |")
@@ -98,8 +99,8 @@ def samples(groups: dict[str, list[Run]], count: int) -> str:
     return "\n\n".join(parts)
 
 
-def provenance(groups: dict[str, list[Run]]) -> str:
-    """Return a sentence with commits, versions, hardware and the seconds that the runs took."""
+def provenance(groups: dict[str, list[FinishedRun]]) -> str:
+    """Return a sentence with the runs' commits, versions, hardware and durations."""
     runs = [run.summary for group in groups.values() for run in group]
     commits = ", ".join(sorted({run["commit"] or "unknown" for run in runs}))
     hardware = "; ".join(sorted({run["hardware"] for run in runs}))

@@ -1,4 +1,4 @@
-"""What is kept of a source's rows and of the ids made from them: the same as was read, and nothing read twice."""
+"""Cached rows and ids are equal to those that were read, and nothing is read twice."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rlft.data.files import Csv, Jsonl, Parquet, TextFile
 from rlft.data.labelled import LabelledData
 from rlft.data.preferences import PreferenceData
 from rlft.data.prompts import PromptData
-from rlft.data.rows import StoredSource
+from rlft.data.records import RecordSource
 from rlft.data.source import SPLITS, Row
 from rlft.data.store import Lazy
-from rlft.data.table import Table
+from rlft.data.stored_source import StoredSource
 from rlft.data.text import TextData
 from rlft.text.bpe import trained_bpe
 from rlft.text.characters import characters
@@ -40,7 +40,7 @@ def unread(monkeypatch):
         def read(self, *_):
             raise AssertionError("the inputs were read again")
 
-        for cls in (Jsonl, Csv, TextFile, Table):
+        for cls in (Jsonl, Csv, TextFile, RecordSource):
             monkeypatch.setattr(cls, "read", read)
 
     return start
@@ -51,7 +51,7 @@ def everything(source):
 
 
 def in_memory(source):
-    """What the source gives where nothing is kept."""
+    """The rows of a source without the cache."""
     splits, counts = StoredSource._read_in_memory(source)
     return counts, [list(splits[split]) for split in SPLITS]
 
@@ -117,7 +117,7 @@ def made(kind, source, tokenizer):
 
 
 class Unkeyed:
-    """A source with the rows of another, held in a list, and without its key."""
+    """A source with the rows of another source, but without its key."""
 
     def __init__(self, source):
         self.counts, self.splits = source.counts, {split: list(source.rows(split)) for split in SPLITS}
@@ -187,7 +187,7 @@ def test_no_prompt_or_example_is_made_until_it_is_asked_for(write_jsonl, tokeniz
 
         return make
 
-    monkeypatch.setattr("rlft.data.rows.Row", counting(Row))
+    monkeypatch.setattr("rlft.data.stored_source.Row", counting(Row))
     monkeypatch.setattr(prompts, "Prompt", counting(prompts.Prompt))
     monkeypatch.setattr(kept_examples, "Example", counting(kept_examples.Example))
     source = Jsonl(path, **HALF)

@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from rlft.data import progress
-from rlft.data.progress import reported
+from rlft.data import progress_bar
+from rlft.data.progress_bar import reported
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(progress, "SHOWN_FROM", {"bytes": 10, "texts": 10})
+    monkeypatch.setattr(progress_bar, "SHOWN_FROM", {"bytes": 10, "texts": 10})
 
 
 def show(total):
@@ -33,7 +33,7 @@ def test_without_a_terminal_it_is_one_line_on_stderr(capsys):
 def test_on_a_terminal_a_bar_goes_to_its_end(capsys, monkeypatch):
     updates = []
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(progress.Progress, "update", lambda self, task, advance: updates.append(advance))
+    monkeypatch.setattr(progress_bar.Progress, "update", lambda self, task, advance: updates.append(advance))
     show(1000)
-    assert sum(updates) == 1000 and len(updates) <= progress.REPORT_SHARE
+    assert sum(updates) == 1000 and len(updates) <= progress_bar.REPORT_SHARE
     assert capsys.readouterr().out == ""

@@ -1,9 +1,9 @@
 """GPT-2's byte-level BPE of 50,257 tokens (Radford et al., "Language models are unsupervised multitask learners",
 2019), through `tiktoken`.
 
-tiktoken downloads the vocabulary once and keeps it (`TIKTOKEN_CACHE_DIR`). Where there is no network, a directory with
-the published files serves, in OpenAI's form or in Hugging Face's. Whether a vocabulary is GPT-2's is decided by its
-hash, so that ids never differ from the published ones.
+tiktoken downloads the vocabulary once and keeps it (`TIKTOKEN_CACHE_DIR`). Without network, it can be read from a
+directory with the published files, in OpenAI's form or in Hugging Face's. A hash decides whether a vocabulary is
+GPT-2's, so the ids never differ from the published ones.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from rlft.text.tokenizer import Tokenizer
 
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 50257
-OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # the hub's names of the models that it was made for
-_FILES = ("tokenizer.json", "vocab.json", "encoder.json")  # each holds the vocabulary, by the tokens' names
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # the hub's names of GPT-2's models
+_FILES = ("tokenizer.json", "vocab.json", "encoder.json")  # any of these holds the vocabulary
 _MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
 _ANY_TOKENIZER = (*_FILES, "tokenizer_config.json", "tokenizer.model", "vocab.txt", "spiece.model")
-_TOKENS_SHA256 = "3b27ee95684e28911415c6bcd8537b0d5b950f05a84053d4e6c63a26990f9617"  # of GPT-2's, see `_digest`
-# Of the same tokenizer by `tokenizers` (`BackendTokenizer.fingerprint`), which would take a second to build: so that
-# what one of them has cached is there for the other.
+_TOKENS_SHA256 = "3b27ee95684e28911415c6bcd8537b0d5b950f05a84053d4e6c63a26990f9617"  # of GPT-2's tokens, by `_digest`
+# `BackendTokenizer.fingerprint` of GPT-2's tokenizer, as a constant because that takes a second to build. With one
+# fingerprint for both, what was cached with one of the two tokenizers is found with the other.
 _FINGERPRINT = "2f0f73080f2c17868c8313d6a382f5aff6dfa9e9e0d6f75d8909f39137d55d18"
-# From about a million white-space characters in front of another one, tiktoken's pattern runs out of stack.
+# tiktoken's pattern runs out of stack at about a million white-space characters that are followed by another character.
 _LONG = 100_000
 _SPACES = re.compile(rf"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{_LONG},}}+")
 
@@ -41,17 +41,17 @@ def gpt2_bpe(*, path: str | None = None, model: str | None = None) -> Tokenizer:
     Arguments:
         path: a directory with the published files: `vocab.bpe` and `encoder.json`, `vocab.json` and `merges.txt`, or a
             `tokenizer.json`. None: tiktoken's cache, or the network.
-        model: where the weights are from. A model of one's own keeps the tokenizer that lies beside it, whichever it
-            is; GPT-2's goes through tiktoken then as well, without network.
+        model: the model's path. If it is not one of OpenAI's models and has a tokenizer of its own, that tokenizer is
+            returned; through tiktoken, and without network, if it is GPT-2's.
 
-    Raises `ConfigError` if `path` holds another tokenizer, if the model's is not the one at `path`, or if there are
-    neither files nor network.
+    Raises `ConfigError` if `path` holds another tokenizer, if the model's own tokenizer differs from it, or if there
+    are neither files nor network.
     """
     given = None if path is None else _published(path)
     if model is None or (model.removeprefix("openai-community/") in OPENAI and not Path(model).exists()):
         return given or Tiktoken(_downloaded())
     own = resolve(model)
-    if isinstance(own, str):  # somebody's model on the hub
+    if isinstance(own, str):  # another model on the hub
         return given or huggingface(model)
     if not any((own / name).exists() for name in _ANY_TOKENIZER):
         return given or Tiktoken(_downloaded())
@@ -68,11 +68,11 @@ def gpt2_bpe(*, path: str | None = None, model: str | None = None) -> Tokenizer:
 
 
 class Tiktoken(Tokenizer):
-    """GPT-2's encoding of `tiktoken` behind our interface.
+    """An encoding of `tiktoken` behind our interface.
 
     Arguments:
         encoding: a `tiktoken.Encoding` whose last token is "<|endoftext|>".
-        make_hf: makes the `transformers` tokenizer of the same ids; None: `GPT2Tokenizer`.
+        make_hf: makes the `transformers` tokenizer with the same ids; None: `GPT2Tokenizer`.
     """
 
     def __init__(self, encoding: Any, *, make_hf: Callable[[], Any] | None = None) -> None:
@@ -98,7 +98,7 @@ class Tiktoken(Tokenizer):
             return self._make()
         from transformers import GPT2Tokenizer
 
-        # `vocab_file=` and `merges_file=` would be taken without complaint and give a tokenizer of one token.
+        # Given `vocab_file=` and `merges_file=`, it would silently become a tokenizer of one token.
         merges: Any = _merges(self._tokens())
         return GPT2Tokenizer(vocab=self.vocab, merges=merges)
 
@@ -116,7 +116,7 @@ class Tiktoken(Tokenizer):
 
 
 def _parts(text: str) -> list[str]:
-    """Cut a text in front of the last character of long white space, where the pattern ends a token anyway."""
+    """Cut a text before the last character of each long run of white space, where the pattern ends a token anyway."""
     cuts = [found.end() - 1 for found in _SPACES.finditer(text) if found.end() < len(text)]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
@@ -137,7 +137,7 @@ def _downloaded() -> Any:
 
 
 def _published(path: str) -> Tiktoken:
-    """Return the tokenizer of GPT-2's files in a directory."""
+    """Return GPT-2's tokenizer from the published files in a directory."""
     found = resolve(path)
     if isinstance(found, str) or not found.is_dir():
         raise ConfigError(f"model.tokenizer.path={path} is no directory; leave it out to let tiktoken get the files")
@@ -152,7 +152,10 @@ def _published(path: str) -> Tiktoken:
 
 
 def _tokens(directory: Path) -> list[bytes] | None:
-    """Return the tokens of a byte-level BPE by id, without the end of text; None where it is of another kind."""
+    """Return the tokens of GPT-2's kind of BPE in the order of their ids, without the last, "<|endoftext|>".
+
+    None if the directory holds no tokenizer of this kind and size.
+    """
     file = next((directory / name for name in _FILES if (directory / name).is_file()), None)
     if file is None or (directory / "added_tokens.json").exists():
         return None
@@ -168,7 +171,7 @@ def _tokens(directory: Path) -> list[bytes] | None:
             vocab, merges = {**content["model"]["vocab"], EOS: VOCAB_SIZE - 1}, content["model"]["merges"]
         else:
             lines = (directory / _MERGES[file.name]).read_text(encoding="utf-8").split("\n")
-            vocab, merges = content, [line for line in lines[1:] if line]  # the first is "#version: 0.2"
+            vocab, merges = content, [line for line in lines[1:] if line]  # the first line is "#version: 0.2"
         names = sorted(vocab, key=vocab.__getitem__)
         joined = ["".join(merge).replace(" ", "") for merge in merges]
         if names[-1] != EOS or joined != names[256:-1] or sorted(vocab.values()) != list(range(VOCAB_SIZE)):
@@ -179,7 +182,7 @@ def _tokens(directory: Path) -> list[bytes] | None:
 
 
 def _check_gpt2(backend: dict[str, Any]) -> None:
-    """Raise `ValueError` if a tokenizer.json cuts texts in another way than GPT-2, or adds tokens."""
+    """Raise `ValueError` if a tokenizer.json splits texts in another way than GPT-2, or has other added tokens."""
     before, model, added = backend["pre_tokenizer"], backend["model"], backend["added_tokens"]
     is_gpt2 = (
         backend.get("normalizer") is None
@@ -196,10 +199,8 @@ def _encoding(tokens: list[bytes]) -> Any:
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    return tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks={token: i for i, token in enumerate(tokens)},
-        special_tokens={EOS: VOCAB_SIZE - 1}, explicit_n_vocab=VOCAB_SIZE,
-    )  # fmt: skip
+    ranks, special = {token: i for i, token in enumerate(tokens)}, {EOS: VOCAB_SIZE - 1}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def _digest(tokens: list[bytes]) -> str:
@@ -210,14 +211,17 @@ def _digest(tokens: list[bytes]) -> str:
 
 
 def _names() -> list[str]:
-    """Return the character that stands for each byte in a vocabulary's file: itself where it can be printed."""
+    """Return the character that stands for each byte in a vocabulary's file: the byte's own, if it can be printed."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(printable)))}
     return [others.get(byte, chr(byte)) for byte in range(256)]
 
 
 def _merges(tokens: list[bytes]) -> list[tuple[str, str]]:
-    """Return the pair that each token joins, in their order: the last pair that is left when it is encoded."""
+    """Return the merge rule (pair of parts) that made each token, in the order of the tokens.
+
+    Encoding the token with the rules before its own leaves two parts: these are the pair.
+    """
     ranks, names, merges = {token: i for i, token in enumerate(tokens)}, _names(), []
     for rank, token in enumerate(tokens[256:], 256):
         parts = [bytes([byte]) for byte in token]

@@ -1,15 +1,15 @@
-"""Sources whose rows are read once and kept in the cache directory: later starts read neither files nor rows.
+"""Sources that cache their rows on disk: only the first start reads the files.
 
-A row is kept as the JSON of its text, its columns and its messages, in the order of the files; each split is an array
-of row numbers. Nothing is held as Python objects, neither when it is read for the first time nor later, so that a
-million rows take the memory of their hashes (64 bytes each) once, and none afterwards.
+A row is stored as the JSON of its text, its columns and its messages, in the order of the files; each split is an array
+of row numbers. Rows are never all held as Python objects: the first reading of a million rows takes the memory of their
+hashes (64 bytes each), and later starts take none.
 """
 
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from rlft.data.progress import reported
+from rlft.data.progress_bar import reported
 from rlft.data.source import (
     SPLITS,
     Row,
-    check_split,
+    SplitSource,
     given_order,
     given_splits,
     sha256,
@@ -32,60 +32,48 @@ from rlft.data.source import (
 from rlft.data.store import Lazy, Store, Writer, file_key, stored
 
 
-class StoredSource(ABC):
-    """Base of the sources that are kept. A subclass says how it is read, and keeps its settings as plain attributes.
+class StoredSource(SplitSource):
+    """Base of the cached sources. A subclass reads its inputs in `read`, and keeps its settings as plain attributes.
 
-    Attributes (beside the subclass's own):
-        inputs: the files or other inputs of each split; all under `train` where `is_split` is false.
-        is_split: whether the inputs are split already; else each text goes to a split by its hash.
-        validation, test: fractions of the texts, where the inputs are not split.
+    Attributes in addition to the subclass's own:
+        inputs: the files or other inputs of each split; all under `train` if `is_split` is false.
+        is_split: whether each split has its own inputs; if not, the hash of a text chooses its split.
+        validation, test: fractions of the texts, used if `is_split` is false.
     """
 
     inputs: dict[str, list[str]]
     is_split: bool
-    validation: float
     test: float
 
     @abstractmethod
     def read(self, split: str) -> Iterator[Row | None]:
-        """Yield the rows of the inputs of a split, in their order; None for a row that is left out and counted."""
+        """Yield the rows of a split's inputs, in order; None for a bad row, which is left out and counted."""
 
     @abstractmethod
     def input_key(self, name: str) -> Any:
-        """Return what the contents of an input are known by (JSON values), without reading them."""
+        """Return what identifies the contents of an input without reading them (JSON values)."""
 
     def input_bytes(self, name: str) -> int:
-        """Return the size of an input in bytes, for the progress bar; 0 where it is not known."""
+        """Return the size of an input in bytes, for the progress bar; 0 if it is not known."""
         return 0
 
     def mark(self, row: Row) -> bytes:
-        """Return a hash of what two rows must share to be duplicates, of which the second is left out."""
+        """Return a hash that is equal for rows that are duplicates."""
         return sha256(row.text)
 
     def counted(self, num_rows: int, num_skipped: int) -> dict[str, int]:
-        """Return the counts of what was read; the place to refuse inputs without a row."""
+        """Return the counts of the rows that were read; a subclass may raise `DataError` if there are none."""
         return {"rows": num_rows}
-
-    def rows(self, split: str) -> Sequence[Row]:
-        """Return the rows of a split."""
-        return self._read[0][check_split(split)]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Rows read, rows left out by reason, and the size of each split."""
-        return dict(self._read[1])
 
     @property
     def holds_out(self) -> bool:
-        """Whether a validation split was asked for."""
         return "validation" in self.inputs if self.is_split else self.validation > 0
 
     @cached_property
     def key(self) -> str | None:
-        """As `rlft.core.cache_dir.Keyed` says; None for a class that is not rlft's own: `VERSION` does not
-        stand for its code.
+        """As for `rlft.core.cache_dir.Keyed`, made from every attribute that does not begin with an underscore.
 
-        It covers every attribute whose name does not begin with an underscore.
+        None for a class outside rlft, whose code may change without a change of `VERSION`.
         """
         if not type(self).__module__.startswith("rlft."):
             return None
@@ -93,22 +81,21 @@ class StoredSource(ABC):
         inputs = {split: [self.input_key(name) for name in names] for split, names in self.inputs.items()}
         return json.dumps([type(self).__qualname__, settings, inputs], sort_keys=True)
 
-    @cached_property
-    def _read(self) -> tuple[dict[str, Sequence[Row]], dict[str, int]]:
+    def read_all(self) -> tuple[Mapping[str, Sequence[Row]], dict[str, int]]:
         if self.key is not None:
             try:
                 store = stored("rows", {"source": self.key}, self._write)
             except _NotJson:
-                pass  # such as dates in Parquet: these rows are read at each start
+                pass  # a column cannot be stored, such as dates in Parquet: these rows are read at each start
             else:
                 return {name: StoredRows(store, name) for name in SPLITS}, store.meta["counts"]
         return self._read_in_memory()
 
     def _write(self, writer: Writer) -> dict[str, Any]:
-        """Write all rows in the order of the inputs, and which of them make up each split."""
+        """Write all rows in the order of the inputs, and the row numbers of each split."""
         rows, files, lines = writer.ragged("rows"), writer.column("files", "int32"), writer.column("lines", "int64")
-        names: dict[str, None] = {}  # of columns; a dictionary keeps their order
-        places: dict[str, int] = {}
+        names: dict[str, None] = {}  # the columns, in the order of their first rows
+        places: dict[str, int] = {}  # the number of each file
         digests, marks, split, num_skipped = bytearray(), bytearray(), bytearray(), 0
         with self._reported():
             for name in self.inputs:
@@ -135,7 +122,7 @@ class StoredSource(ABC):
             return given_order(digests, marks, split)
         return split_order(digests, marks, validation=self.validation, test=self.test)
 
-    def _read_in_memory(self) -> tuple[dict[str, Sequence[Row]], dict[str, int]]:
+    def _read_in_memory(self) -> tuple[Mapping[str, Sequence[Row]], dict[str, int]]:
         found: dict[str, list[Row]] = {}
         num_skipped = 0
         with self._reported():
@@ -153,7 +140,7 @@ class StoredSource(ABC):
             splits, sizes = given_splits(found, mark=self.mark)
         else:
             splits, sizes = split_rows(found["train"], validation=self.validation, test=self.test, mark=self.mark)
-        return {**splits}, counts | sizes
+        return splits, counts | sizes
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
@@ -162,11 +149,11 @@ class StoredSource(ABC):
         with reported(what, sum(map(self.input_bytes, names)), unit="bytes") as self._advance:
             yield
 
-    _advance: Callable[[int], None] = staticmethod(lambda _: None)  # bytes read, while the rows are
+    _advance: Callable[[int], None] = staticmethod(lambda _: None)  # tells the progress bar how many bytes were read
 
 
 class StoredFiles(StoredSource):
-    """Base of the stored sources whose inputs are files."""
+    """Base of the cached sources whose inputs are files."""
 
     def input_key(self, name: str) -> Any:
         return file_key(Path(name))
@@ -175,7 +162,7 @@ class StoredFiles(StoredSource):
         return Path(name).stat().st_size
 
     def lines(self, path: Path) -> Iterator[tuple[str, bytes]]:
-        """Yield each line of a file with its place; the byte order mark of the first is dropped."""
+        """Yield (place, line) for each line of a file, without the byte order mark of the first."""
         with path.open("rb") as file:
             for number, data in enumerate(file, 1):
                 self._advance(len(data))
@@ -183,7 +170,7 @@ class StoredFiles(StoredSource):
 
 
 class StoredRows(Lazy[Row]):
-    """The rows of a split, each made from the store when it is asked for."""
+    """The rows of a split; each is read from the store when it is asked for."""
 
     def __init__(self, store: Store, split: str) -> None:
         self.store, self.order = store, store.arrays[split]
@@ -201,7 +188,7 @@ class StoredRows(Lazy[Row]):
 
 
 class _NotJson(Exception):
-    """A column holds what JSON would not give back as it is."""
+    """A column holds a value that JSON would change or refuse."""
 
 
 def _packed(row: Row) -> bytes:
@@ -213,7 +200,7 @@ def _packed(row: Row) -> bytes:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON gives back the value as it is: a tuple would become a list, a date is refused."""
+    """Return whether a value survives JSON unchanged; a tuple would become a list, and a date is refused."""
     kind = type(value)
     if kind is list:
         return all(map(_is_json, value))

@@ -1,4 +1,4 @@
-"""What a person sees while a large data set is read for the first time: a bar on a terminal, else a line."""
+"""Progress while a large data set is read for the first time: a bar on a terminal, otherwise one line."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SHOWN_FROM = {"bytes": 16 << 20, "texts": 50_000}  # smaller work is over before a bar is read
-REPORT_SHARE = 200  # the bar is drawn anew after each such part of the whole
+SHOWN_FROM = {"bytes": 16 << 20, "texts": 50_000}  # less work is over too soon to be shown
+REPORT_SHARE = 200  # the bar is redrawn each time that this fraction of the total (1/200) is done
 
 
 @contextmanager
 def reported(what: str, total: int, *, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show on stderr that `what` is going on, and yield a function that is told how many units more are done.
+    """Show the progress of `what` on stderr; yields a function to call with the number of units just done.
 
-    `unit` is "bytes" or "texts". Less than `SHOWN_FROM` of them is not worth a word.
+    `unit` is "bytes" or "texts". Nothing is shown for a total below `SHOWN_FROM`.
     """
     if total < SHOWN_FROM[unit]:
         yield lambda _: None
