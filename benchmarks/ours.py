@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from rlft import build
 from rlft.config import checked
+from rlft.core.batch import Rows
 from rlft.cpu.memory import restart_with_huge_pages
 from rlft.models.heads import Critic
 from rlft.rollout.engine import generate
@@ -100,25 +101,25 @@ def main() -> None:
             work = argparse.Namespace(**(vars(args) | {"work": "grpo" if args.work == "generate" else args.work}))
             config = compose("train", overrides=overrides(work, directory))
         OmegaConf.update(config, "model.tokenizer.alphabet", ALPHABET, force_add=True)
-        plain = checked(config)
-        job: Any = build.build(plain)
+        job = build.build(checked(config))
         if not args.ragged:
-            job.tokenizer.eos_id = None  # every completion has its full length, as the peers' are made to
-        seconds, parts = generation(args, job) if args.work == "generate" else steps(args, job, plain, directory)
+            job.run.tokenizer.eos_id = None  # every completion has its full length, as the peers' are made to
+        seconds, parts = generation(args, job) if args.work == "generate" else steps(args, job, directory)
     print(
         json.dumps(
             vars(args)
             | {"step_s": statistics.median(seconds), "steps": seconds, "parts": parts}
             | {"product_gflops": efficiency.measured_ceiling(torch.device("cpu"), torch.float32) / 1e9}
-            | {"params": job.policy.num_parameters(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+            | {"params": job.run.policy.num_parameters()}
+            | {"threads": torch.get_num_threads(), "torch": torch.__version__}
         )
     )
 
 
-def steps(args: argparse.Namespace, job: Any, config: Any, directory: Path) -> tuple[list[float], dict[str, float]]:
+def steps(args: argparse.Namespace, job: build.Job, directory: Path) -> tuple[list[float], dict[str, float]]:
     """Return the seconds of each batch that counts, and the median seconds of each part of it."""
     progress = Progress(total_steps=0, interactive=False)
-    trainer = build.trainer(job, config, run_dir=directory, progress=progress)
+    trainer = build.trainer(job, run_dir=directory, progress=progress)
     updates, seconds, rows = job.algorithm.updates_per_batch, [], []
     for batch in range(args.warmup + args.steps):
         began = time.perf_counter()
@@ -133,24 +134,25 @@ def steps(args: argparse.Namespace, job: Any, config: Any, directory: Path) -> t
         parts["update_mfu"] = statistics.median(row["efficiency/update_mfu"] for made in rows for row in made)
     # Passes over a batch that are really needed: a backward is two, and a rollout reads what it then scores.
     online = args.work != "sft"
-    passes = 3 * updates * (1 + has_critic) + online + (online and job.algorithm.reference is not None) + has_critic
+    passes = 3 * updates * (1 + has_critic) + online + (online and job.run.reference is not None) + has_critic
+    assert trainer.batch is not None
     parts["mfu"] = passes * share(job, trainer.batch.rows, statistics.median(seconds))
     return seconds, parts
 
 
-def share(job: Any, rows: Any, seconds: float) -> float:
+def share(job: build.Job, rows: Rows, seconds: float) -> float:
     """Return the operations of one needed pass over the rows a second, over the rate of a matrix product."""
     ceiling = efficiency.measured_ceiling(job.accelerator.device, torch.float32)
-    return efficiency.forward_flops(job.policy, rows) / seconds / ceiling
+    return efficiency.forward_flops(job.run.policy, rows) / seconds / ceiling
 
 
-def generation(args: argparse.Namespace, job: Any) -> tuple[list[float], dict[str, float]]:
+def generation(args: argparse.Namespace, job: build.Job) -> tuple[list[float], dict[str, float]]:
     texts, seconds = prompts(args, args.prompts), []
-    ids = job.tokenizer.encode_batch(texts)
+    ids = job.run.tokenizer.encode_batch(texts)
     for step in range(args.warmup + args.steps):
         began = time.perf_counter()
         rollout = generate(
-            job.policy, ids, group_size=args.group, sampling=Sampling(args.clen), eos_id=job.tokenizer.eos_id,
+            job.run.policy, ids, group_size=args.group, sampling=Sampling(args.clen), eos_id=job.run.tokenizer.eos_id,
             seed=args.seed, step=step,
         )  # fmt: skip
         seconds.append(time.perf_counter() - began)

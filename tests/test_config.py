@@ -267,16 +267,19 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(override, allowed)
 
 
 SIZES = {  # algorithm: its settings that are at least 1
-    "grpo": ["epochs", "minibatches", "entropy_decay_batches", "prompts_per_step", "group_size", "eval_prompts",
-             "micro_batch", "micro_batch_tokens"],
-    "online_dpo": ["prompts_per_step", "group_size", "eval_prompts", "micro_batch", "micro_batch_tokens"],
-    "dpo": ["pairs_per_step", "eval_pairs", "micro_batch", "micro_batch_tokens"],
+    "grpo": ["epochs", "minibatches", "entropy_decay_batches"],
+    "dpo": ["pairs_per_step", "eval_pairs"],
     "reward_model": ["pairs_per_step", "eval_pairs"],
     "classification": ["rows_per_step", "eval_rows"],
     "kto": ["rows_per_step", "eval_rows"],
     "sft": ["rows_per_step", "eval_blocks"],
     "denoise": ["rows_per_step", "eval_blocks", "eval_levels"],
-}  # fmt: skip
+}
+ROOT_SIZES = [
+    "prompts_per_step", "group_size", "micro_batch", "micro_batch_tokens", "rollout_rows", "max_new_tokens",
+    "eval_prompts",
+]  # fmt: skip
+OUT_OF_RANGE = [(0, "at least 1"), (-1, "at least 1"), (10**12, f"at most {2**31 - 1}")]  # for a size
 
 
 @functools.cache
@@ -291,7 +294,21 @@ def with_value(config: Any, key: str, value: Any) -> Any:
     return made
 
 
-@pytest.mark.parametrize("value, allowed", [(0, "at least 1"), (-1, "at least 1"), (10**12, f"at most {2**31 - 1}")])
+@pytest.mark.parametrize("value, allowed", OUT_OF_RANGE)
+@pytest.mark.parametrize("name", ROOT_SIZES)
+def test_a_root_size_out_of_range_is_refused_with_what_is_allowed(name, value, allowed):
+    with pytest.raises(ConfigError, match=rf"^{name}={value} must be {allowed}$"):
+        checked(with_value(defaults(), name, value))
+
+
+@pytest.mark.parametrize("name", [*ROOT_SIZES, "seed", "policy"])
+@pytest.mark.parametrize("algo", ["grpo", "online_dpo", "dpo"])
+def test_what_an_algorithm_reads_from_the_run_is_no_setting_of_its_group(algo, name):
+    with pytest.raises(ConfigError, match=rf"^unknown setting 'algo\.{name}'"):
+        checked(with_value(chosen(algo), f"algo.{name}", 3))
+
+
+@pytest.mark.parametrize("value, allowed", OUT_OF_RANGE)
 @pytest.mark.parametrize("algo, name", [(algo, name) for algo, names in SIZES.items() for name in names])
 def test_an_algorithms_size_out_of_range_is_refused_with_what_is_allowed(algo, name, value, allowed):
     if name in ("epochs", "minibatches", "entropy_decay_batches") and value > 0:
@@ -401,9 +418,13 @@ def test_a_target_that_cannot_be_called_is_refused_in_one_line_with_its_key(node
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["algo.run.seed", "algo.run.policy", "data.tokenizer", "reference.policy"])
-def test_what_the_run_hands_in_cannot_be_set_and_then_ignored(key):
-    with pytest.raises(ConfigError, match=f"^{re.escape(key)} cannot be set"):
+@pytest.mark.parametrize(
+    "key, handed_in",
+    [("algo.run", "algo.run"), ("algo.run.seed", "algo.run"), ("data.tokenizer", "data.tokenizer"),
+     ("reference.policy", "reference.policy")],
+)  # fmt: skip
+def test_what_the_run_hands_in_cannot_be_set_and_then_ignored(key, handed_in):
+    with pytest.raises(ConfigError, match=f"^{re.escape(handed_in)} cannot be set: it is handed in by the run$"):
         edited(f"{key}=3")
 
 
@@ -420,7 +441,7 @@ def test_cfg_job_prints_the_resolved_configuration_and_runs_nothing():
     result = train_py("--cfg", "job", "--resolve", "algo=rloo", "group_size=3")
     assert (result.returncode, result.stderr) == (0, "")
     printed: Any = OmegaConf.to_container(OmegaConf.create(result.stdout))
-    assert (printed["name"], printed["algo"]["group_size"]) == ("rloo", 3)
+    assert (printed["name"], printed["group_size"]) == ("rloo", 3)
     assert printed["model"]["tokenizer"]["path"] == printed["model"]["path"]
     assert set(printed) == set(RootConfig.__dataclass_fields__)
 

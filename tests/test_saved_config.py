@@ -93,7 +93,8 @@ def test_a_target_inside_a_list_is_refused():
         "rlft.algos.base.Algorithm.check",
         "rlft.__main__.main",
         "rlftx.algos.X",
-        "rlft.algos.online.parts.call",  # calls what it is given
+        "rlft.algos.parts.Part",  # calls what it is given
+        "rlft.core.settings.gathered",
         "rlft.data.source.normalised",
     ],
 )

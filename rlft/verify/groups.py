@@ -114,8 +114,8 @@ class Enumeration:
 
     def collect(self, groups: tuple[Group, ...]) -> Batch:
         """Return what the algorithm makes of these completions."""
-        if isinstance(self.algorithm.advantage, RunningBaseline):
-            self.algorithm.advantage.load_state_dict({"mean": BASELINE, "num_batches": 3})
+        if isinstance(self.algorithm.parts.advantage, RunningBaseline):
+            self.algorithm.parts.advantage.load_state_dict({"mean": BASELINE, "num_batches": 3})
         rollout = rollout_of(self.task, groups, self.logp)
         self.listed.queue.append((list(self.algorithm.rollouts.run.data.prompts("train")), rollout))
         return self.algorithm.collect(0)

@@ -102,8 +102,8 @@ class Bench:
 
     def measured(self, prompts: list[Prompt], rollout: Rollout, **cut: int) -> Measured:
         """Collect these completions, move the policy, and sum the loss over micro-batches."""
-        if isinstance(self.algorithm.advantage, RunningBaseline):
-            self.algorithm.advantage.load_state_dict({"mean": 0.25, "num_batches": 3})
+        if isinstance(self.algorithm.parts.advantage, RunningBaseline):
+            self.algorithm.parts.advantage.load_state_dict({"mean": 0.25, "num_batches": 3})
         self.listed.queue.append((prompts, rollout))
         batch, metrics = self.algorithm.collect(0), Metrics()
         denominators = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)

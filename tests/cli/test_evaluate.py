@@ -67,7 +67,7 @@ def test_policies_stand_side_by_side_with_the_difference_on_the_same_prompts(run
     assert "eval/reward" in capsys.readouterr().out
 
 
-def test_settings_change_what_is_measured_and_a_root_setting_reaches_its_group(run_dir, tmp_path):
+def test_settings_change_what_is_measured_and_how_many_prompts(run_dir, tmp_path):
     (found,) = evaluated(tmp_path, str(run_dir), "reward=[length]", "reward.length.min_tokens=8", "eval_prompts=3")
     assert found["metrics"]["eval/rewards/length/mean"] == pytest.approx(-0.1)  # 0.05 for each of two tokens too few
     assert "eval/rewards/keyword/mean" not in found["metrics"]

@@ -16,16 +16,14 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
-from rlft.algos.online.scoring import score
+from rlft.algos.samples import draw
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.rng import order
 from rlft.data.prompts import PromptData
 from rlft.data.source import Row
 from rlft.envs.text_env import TextEnv
 from rlft.rewards.compose import RewardSum
-from rlft.rollout.engine import generate
-from rlft.rollout.sampling import Sampling
-from tests.builders import TOKENIZER, tiny
+from tests.builders import TOKENIZER, run_of, tiny
 
 EOS = TOKENIZER.eos_id
 TEXTS = ["abc", "d", "efghi", "jk", "abcdefg"]  # in a context of 12, the last leaves 5 tokens of room
@@ -94,9 +92,9 @@ def test_gymnasiums_checker_passes_without_a_warning():
 
 def test_the_rollouts_tokens_replayed_have_its_returns_and_its_ends():
     policy = tiny(3, spread=0.3, n_positions=12)
-    prompts = [prompt for prompt in prompt_data().prompts("train") for _ in range(8)]
-    rollout = generate(policy, [p.ids for p in prompts[::8]], group_size=8, sampling=Sampling(6), eos_id=EOS, seed=1)
-    scored = score(both(), TOKENIZER, prompts, rollout)
+    run = run_of(policy, prompt_data(), max_new_tokens=6)
+    samples = draw(run, run.data.prompts("train"), sampling=run.sampling, group_size=8, seed=1).score(both())
+    rollout, scored, prompts = samples.rollout, samples.rewards, samples.prompt_of_row
     environment, ends = env(), set()
     for row, tokens in enumerate(rollout.completions()):
         steps = episode(environment, tokens, prompt=row // 8)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from rlft.core.rng import generator
+from rlft.functional.shapes import PerCompletion, PerToken
 from rlft.references.frozen import initial
 from rlft.rewards.compose import RewardOutput, RewardSum
 from rlft.trainer.trainer import Trainer
@@ -79,11 +80,11 @@ class ShuffledRewards(RewardSum):
         return RewardOutput(out.total[torch.from_numpy(shuffled)], out.components)
 
 
-def zero(rewards: torch.Tensor) -> torch.Tensor:
+def zero(rewards: PerCompletion) -> torch.Tensor:
     return torch.zeros_like(rewards)
 
 
-def zero_gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def zero_gae(rewards: PerToken, values: PerToken, mask: PerToken) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros_like(rewards), torch.zeros_like(rewards)
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from rlft.core.rng import generator
 from rlft.references.frozen import initial
-from rlft.rollout.sampling import Sampling
 from rlft.trainer.trainer import Trainer
 from tests.algos.offline.builders import build_offline, completions, judged, labelled, pairs
 from tests.builders import ALPHABET, FixedPrompts, reward_sum, share_of_a, tiny, trainer
@@ -126,7 +125,7 @@ def judged_online(run_dir: Path, rewards: Any) -> float:
     policy = tiny(1)
     algorithm = build_offline(
         "online_dpo", policy=policy, reference=initial(policy), data=FixedPrompts(PROMPTS), rewards=rewards,
-        prompts_per_step=4, group_size=8, eval_prompts=64, sampling=Sampling(8),
+        prompts_per_step=4, group_size=8, eval_prompts=64, max_new_tokens=8,
     )  # fmt: skip
     state = run(algorithm, run_dir, steps=25, learning_rate=1e-2).state
     return state.after["eval/reward"] - state.before["eval/reward"]

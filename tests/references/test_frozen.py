@@ -136,7 +136,7 @@ def test_every_reference_is_built_from_its_file_and_measures_a_kl(job, tmp_path)
         algorithm: Any = made.algorithm
         batch, means = algorithm.collect(0), Metrics()
         totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-        assert algorithm.loss(Scorer(made.policy), batch, totals, means, update=0).isfinite()
+        assert algorithm.loss(Scorer(made.run.policy), batch, totals, means, update=0).isfinite()
         kl[choice[0]] = means.local()["kl_exact"]
         assert algorithm.evaluate().metrics["eval/kl"] == pytest.approx(kl[choice[0]], abs=0.5)
     assert kl["initial"] == pytest.approx(0.0, abs=1e-6)
@@ -145,10 +145,10 @@ def test_every_reference_is_built_from_its_file_and_measures_a_kl(job, tmp_path)
 
 def test_the_bigram_of_a_run_is_counted_from_whole_texts_not_from_openings(job):
     made = job("reference=bigram", "reference.alpha=0.001")
-    reference: Any = made.algorithm.run.reference
-    ids = made.tokenizer.encode("go")
+    reference: Any = made.run.reference
+    ids = made.run.tokenizer.encode("go")
     assert float(reference.log_probs[ids[0], ids[1]].exp()) == pytest.approx(1.0, abs=0.01)  # "g" stands in "good" only
-    film = made.tokenizer.encode("lm")
+    film = made.run.tokenizer.encode("lm")
     assert float(reference.log_probs[film[0], film[1]].exp()) > 0.1  # within texts, never in an opening of 3
 
 

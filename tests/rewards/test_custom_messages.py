@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlft.algos.online.scoring import score
+from rlft.algos.samples import Samples
 from rlft.core.errors import ConfigError, RewardError
 from rlft.data.prompts import PromptData
 from rlft.data.source import Row
@@ -83,7 +83,8 @@ def test_the_conversation_of_a_data_set_reaches_the_function(lazy: str) -> None:
     assert [prompt.messages for prompt in prompts] == [chat, None]
     reward = Custom(f"{lazy}:given", messages=True)
     rewards = RewardSum({"custom": reward}, weights={"custom": 1.0}, timeouts={"custom": 60.0})
-    score(rewards, TOKENIZER, prompts, SimpleNamespace(completions=lambda: [[0], [1]]))
+    rollout: Any = SimpleNamespace(completions=lambda: [[0], [1]])
+    Samples(list(prompts), rollout, ["a", "b"], group_size=1).score(rewards)
     assert reward.function.seen[0] == [list(chat), [{"role": "user", "content": "def"}]]
     assert reward.function.seen[1][1] == [{"role": "assistant", "content": "b"}]
 

@@ -58,7 +58,7 @@ def test_the_same_weights_come_out(way: str, plain: tuple, tmp_path: Path, monke
         monkeypatch.setattr(GPT2, "takes_packed", False)
     if way.endswith("cut"):
         limits["micro_batch_tokens"] = 30
-    weights, rows = trained(tmp_path, sizes={"max_rows": 5} if way == "in turn" else {}, **limits)
+    weights, rows = trained(tmp_path, sizes={"rollout_rows": 5} if way == "in turn" else {}, **limits)
     expected_weights, expected_rows = plain
     moved = tiny(3, spread=0.2).double().state_dict()
     assert max(float((expected_weights[name] - moved[name]).abs().max()) for name in moved) > 1e-2

@@ -25,6 +25,7 @@ class Scripted(Algorithm):
 
     def __init__(self, policy, *, values=(1.0,), bad=(), updates: int = 1, rows: int = 4) -> None:
         self.inner = sft(policy, FixedText(BLOCKS, BLOCKS[:4]), rows_per_step=rows)
+        super().__init__(self.inner.run)
         self.values, self.bad, self.updates_per_batch = list(values), bad, updates
         self.collected: list[int] = []
         self.updates: list[int] = []
@@ -33,9 +34,9 @@ class Scripted(Algorithm):
         self.collected.append(batch_index)
         return self.inner.collect(batch_index)
 
-    def loss(self, scorer, batch, totals, means, *, update: int):
+    def loss(self, scorer, batch, denominators, metrics, *, update: int):
         self.updates.append(update)
-        loss = self.inner.loss(scorer, batch, totals, means, update=update)
+        loss = self.inner.loss(scorer, batch, denominators, metrics, update=update)
         return loss * math.nan if self.collected[-1] in self.bad else loss
 
     def evaluate(self) -> Evaluation:
@@ -76,7 +77,7 @@ def test_step_is_torchs_own_clipped_adamw_step_at_the_schedules_rate(tmp_path):
     made = trainer(policy, Scripted(policy), tmp_path, weight_decay=0.1, **settings)
     optimizer = other.configure_optimizers(learning_rate=1.0, weight_decay=0.1, betas=(0.9, 0.99))
     for step in range(5):
-        blocks = made.algorithm.inner.data.batch(step, size=4, seed=0)
+        blocks = made.algorithm.run.data.batch(step, size=4, seed=0)
         logits = other(blocks[:, :-1]) @ other.head_weight.t()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
         optimizer.zero_grad()
@@ -122,6 +123,24 @@ def test_two_updates_take_one_batch_for_two_steps(tmp_path):
     assert made.algorithm.collected == [0, 1, 2]
     assert made.algorithm.updates == [0, 0, 1, 1] * 3  # two micro-batches a step
     assert made.checkpoints.steps() == [4, 6]  # at the end of the batch in which the third step, and the sixth, fell
+
+
+@pytest.mark.parametrize(("target", "is_passed_over"), [(1e-9, [0, 0, 1, 1]), (1e9, [0, 0, 0, 0])])
+def test_the_metrics_of_an_update_decide_on_those_that_are_left_on_its_batch(tmp_path, target, is_passed_over):
+    policy = tiny(3, spread=0.2)
+    overrides = ("algo.epochs=4", f"algo.target_kl={target}")
+    algorithm = policy_gradient("ppo", *overrides, policy=policy, reference=initial(policy))
+    made = trainer(policy, algorithm, tmp_path, steps=8)
+    seen = [weights(made)]
+    rows = []
+    for step in range(8):
+        rows.append(made.step(step))
+        seen.append(weights(made))
+    # The first update moves nothing yet that it could measure; the second sees how far it went. Each batch begins anew.
+    assert [row["passed_over"] for row in rows] == is_passed_over * 2
+    assert [is_same(a, b) for a, b in pairwise(seen)] == [bool(passed) for passed in is_passed_over * 2]
+    assert ["policy/approxkl" in row for row in rows] == [not passed for passed in is_passed_over * 2]
+    assert rows[0]["policy/approxkl"] < 1e-9 < rows[1]["policy/approxkl"] < 1e9
 
 
 # Logs.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import rlft.algos.online.agreement
-import rlft.algos.online.reference
 import torch
 from torch import Tensor
 
@@ -134,7 +132,7 @@ def test_a_broken_sampler_is_seen(monkeypatch, part, broken, fails):
 @pytest.mark.parametrize(("broken", "algorithm"), [(same_for_all_members, "rloo"), (cold, "reinforce")])
 def test_a_biased_sampler_is_seen_in_the_expected_gradient(monkeypatch, broken, algorithm):
     if broken is cold:  # too little to stop the run, enough to bend the gradient
-        monkeypatch.setattr(rlft.algos.online.agreement, "MAX_LOGPROB_DIFFERENCE", 10.0)
+        monkeypatch.setattr(rlft.algos.online.scoring, "MAX_LOGPROB_DIFFERENCE", 10.0)
         break_(monkeypatch, rlft.rollout.sampling, "sample", broken)
     else:
         break_(monkeypatch, rlft.rollout.sampling, "uniforms", broken)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from rlft import build
 from rlft.verify import exact, fixed_points
-from rlft.verify.cases import algorithm_node
 from rlft.verify.formulas import Formula
 from rlft.verify.tasks import endings, parity, token_count
 from rlft.verify.weights import OF_A_GROUP, of_groups
@@ -100,10 +100,7 @@ def test_the_fixed_point_of_dr_grpo_with_the_forward_kl_is_the_optimum_at_a_larg
     """Its expected gradient is (k - 1) / k of the reward's, and with one token nothing else tells the two apart."""
     task = token_count(3, 1)
     policy, reference = (task.policy(seed=0, spread=0.0) for _ in range(2))
-    node = algorithm_node(
-        "dr_grpo", ("algo/kl=exact", "algo.kl.coef=0.6"), prompts_per_step=1, group_size=4, max_new_tokens=1,
-        eval_prompts=1, micro_batch=None, micro_batch_tokens=None,
-    )  # fmt: skip
+    node = build.algorithm_node("dr_grpo", ("algo/kl=exact", "algo.kl.coef=0.6"), max_new_tokens=1)
     formula = Formula("mean", "clipped", "constant", "exact")
     fixed_points.climb(formula, node, task, policy, reference, group_size=4)
     best = exact.optimum(exact.logprobs(reference, task).detach(), task.rewards, beta=0.6 * 4 / 3)

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from rlft.algos.base import Setup
 from rlft.algos.offline.denoise import Denoise
+from rlft.build import root_settings
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError
 from rlft.core.metrics import Metrics
@@ -110,7 +112,7 @@ def test_a_shown_token_is_no_target(algorithm):
 
     def changed(where: Tensor) -> Batch:
         ids = torch.where(where, (batch.rows.completion_ids + 1) % 12, batch.rows.completion_ids)
-        return dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, completion_ids=ids))
+        return replace(batch, rows=replace(batch.rows, completion_ids=ids))
 
     other = loss_of(algorithm, changed(~hidden))
     assert torch.equal(other, loss)
@@ -146,7 +148,7 @@ def test_noise_follows_from_seed_step_and_row():
     algorithm = one_block([1] * 30, rows_per_step=3)  # the same text in every row of every step
 
     def noise(index: int, seed: int = 0) -> list[str]:
-        algorithm.run.seed = seed
+        algorithm.run = replace(algorithm.run, settings=replace(algorithm.run.settings, seed=seed))
         values = algorithm.collect(index).values
         return [str(ids) for ids in [values["weight"].tolist(), *values["noised_ids"].tolist()]]
 
@@ -185,9 +187,8 @@ def test_each_row_has_its_share_of_the_noise_levels_and_hides_that_share_of_its_
 
 def test_ranks_share_the_rows_of_a_step_and_their_noise(algorithm):
     whole = algorithm.collect(3).values
-    algorithm.world_size = 3
     for rank in range(3):
-        algorithm.rank = rank
+        algorithm.run = replace(algorithm.run, rank=rank, world_size=3)
         mine = algorithm.collect(3).values
         for name, value in mine.items():
             assert torch.equal(value, whole[name][rank::3])
@@ -223,7 +224,6 @@ def test_blocks_that_do_not_fit_the_context_are_refused():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"eval_levels": 0}, "algo.eval_levels=0 must be at least 1"),
         ({"sample_rounds": 0}, "must be at least 1, got 0"),
         ({"sample_order": "confidense"}, r"confidence, ancestral, got 'confidense' \(did you mean 'confidence'\?\)"),
         ({"rows_per_step": 0}, "algo.rows_per_step=0 must be at least 1"),
@@ -239,9 +239,10 @@ def test_impossible_settings_are_refused_before_anything_is_loaded(wrong, messag
         "sample_rounds": 2,
         "sample_order": "ancestral",
     }
-    Denoise.check(has_reference=False, world_size=2, **settings)
+    setup = Setup(root_settings(), has_reference=False, world_size=2)
+    Denoise.check(setup, **settings)
     with pytest.raises(ConfigError, match=message):
-        Denoise.check(has_reference=False, world_size=2, **(settings | wrong))
+        Denoise.check(setup, **(settings | wrong))
 
 
 def test_plan_says_the_tokens_of_a_step(algorithm):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ import torch
 
 from rlft.algos.offline.denoise import Denoise
 from rlft.models.gpt2 import GPT2
-from rlft.rollout.sampling import Sampling
 from tests.algos.offline.denoising import BLOCK, Text, bidirectional, denoise, one_block, random_blocks
 from tests.builders import TOKENIZER
 from tests.oracles.orders import hidden_nll, masks, order_nlls
@@ -86,7 +86,7 @@ def test_evaluation_reads_every_held_out_block_whatever_its_chunks(algorithm, mo
 
 def test_evaluation_does_not_depend_on_the_runs_seed_and_is_the_same_twice(algorithm):
     first = algorithm.evaluate()
-    algorithm.run.seed = 5
+    algorithm.run = replace(algorithm.run, settings=replace(algorithm.run.settings, seed=5))
     assert algorithm.evaluate() == first
 
 
@@ -95,7 +95,7 @@ def test_samples_go_on_from_the_first_token_of_held_out_blocks_to_the_end_of_the
     algorithm = denoise(algorithm.run.policy, algorithm.run.data, sample_order=order)
     texts = {}
     for longest in (7, 3):
-        algorithm.sampling = Sampling(longest)
+        algorithm.run = replace(algorithm.run, settings=replace(algorithm.run.settings, max_new_tokens=longest))
         samples = algorithm.evaluate().samples
         assert [s["prompt"] for s in samples] == [TOKENIZER.decode([i]) for i in algorithm.run.data.held_out[:5, 0]]
         texts[longest] = [s["completion"] for s in samples]

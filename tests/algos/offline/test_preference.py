@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlft.algos.pairs import PairLoss, check_pair_loss
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
@@ -182,10 +183,15 @@ def test_evaluation_is_the_same_twice_and_shows_samples_behind_held_out_prompts(
     assert [sample["prompt"] for sample in first.samples] == [prompt for prompt, *_ in PAIRS[:5]]
 
 
-def test_a_loss_without_a_reference_lets_it_go():
-    algorithm = made("simpo", reference=reference())
-    assert algorithm.run.reference is None
+def test_a_loss_without_a_reference_does_not_ask_one_that_is_there(monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("the reference was asked")
+
+    given = reference()
+    monkeypatch.setattr(given, "forward", asked)
+    algorithm = made("simpo", reference=given)
     assert "ref_logprobs" not in algorithm.collect(0).values
+    assert algorithm.evaluate().metrics == made("simpo").evaluate().metrics
     loss, expected = loss_of(algorithm, algorithm.collect(0)), loss_of(made("simpo"), made("simpo").collect(0))
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
 
@@ -209,7 +215,8 @@ def test_ranks_share_the_pairs_of_a_step():
         ("dpo", ("algo.loss.label_smoothing=0.5",), {}, r"algo\.loss: label_smoothing must be in \[0, 0\.5\)"),
         ("simpo", ("algo.loss.gamma=-1",), {}, r"algo\.loss: gamma must be at least 0"),
         ("dpo", ("+algo.loss.beta=0.1",), {}, "algo.loss.beta is set by algo.beta"),
-        ("ipo", ("algo.loss._target_=rlft.functional.preference.kto",), {}, "algo.loss=kto is no loss on pairs"),
+        ("ipo", ("algo.loss._target_=rlft.functional.preference.kto",), {},
+         "algo.loss: kto asks for the tensor 'logprobs'"),
         ("dpo", ("algo.pairs_per_step=0",), {}, "algo.pairs_per_step=0 must be at least 1"),
         ("dpo", (), {"world_size": 2}, "pairs_per_step=5 must be at least 1, and a multiple of the 2 processes"),
         ("dpo", ("algo.eval_pairs=0",), {}, "algo.eval_pairs=0 must be at least 1, or null for all"),
@@ -219,6 +226,27 @@ def test_ranks_share_the_pairs_of_a_step():
 def test_what_makes_no_sense_is_refused_with_the_reason(name, overrides, given, message):
     with pytest.raises(ConfigError, match=message):
         made(name, *overrides, **given)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda chosen, rejected: chosen, lambda chosen, *, beta: chosen, lambda rejected, ref_chosen, *, beta: rejected],
+)
+def test_what_takes_no_pair_or_no_beta_is_no_loss_on_pairs(function):
+    with pytest.raises(ConfigError, match=r"^algo\.loss=<lambda> is no loss on pairs: it must take chosen, rejected"):
+        check_pair_loss(function, beta=0.1, has_reference=True)
+
+
+def test_a_loss_may_name_lengths_and_ask_for_no_reference():
+    def per_token(chosen, rejected, chosen_lengths, rejected_lengths, *, beta):
+        return beta * (chosen / chosen_lengths - rejected / rejected_lengths)
+
+    check_pair_loss(per_token, beta=0.5, has_reference=False)
+    loss, metrics = PairLoss(per_token, beta=0.5), Metrics()
+    assert not loss.needs_reference
+    got = loss(torch.tensor([-6.0, -8.0, -3.0, -1.0]), torch.tensor([3, 2, 1, 1]), None, metrics)
+    assert got.tolist() == [1.0, -1.0]
+    assert metrics.local()["rewards/margins"] == 0.0 and metrics.local()["logps/chosen"] == -4.5
 
 
 def test_long_pairs_are_left_out_where_asked_for():

@@ -94,7 +94,7 @@ def test_micro_batch_tokens_counts_the_whole_texts_although_one_place_of_each_co
     for micro in batch.micro_batches(max_tokens=40):
         rows = micro.rows
         assert micro.num_rows == 2 or micro.num_rows * (rows.prompt_ids.shape[1] + rows.completion_ids.shape[1]) <= 40
-    examples = made("reward_model").data.batch(0, size=5, seed=0)
+    examples = made("reward_model").run.data.batch(0, size=5, seed=0)
     assert batch.num_tokens == sum(len(e.prompt.ids) + sum(map(len, e.completions)) for e in examples)
 
 
@@ -141,7 +141,7 @@ def test_evaluation_is_the_mean_loss_over_held_out_rows(micro_batch):
     expected = sum(naive_losses("reward_model", algorithm, algorithm.run.data.examples("validation"))) / 3
     assert algorithm.evaluate().metrics["eval/loss"] == pytest.approx(float(expected.detach()), rel=1e-12)
     classifier = made("classification", data=labelled(held_out=[("aa", "y"), ("cba", "x")]), micro_batch=micro_batch)
-    examples = classifier.data.examples("validation")
+    examples = classifier.run.data.examples("validation")
     expected = sum(naive_losses("classification", classifier, examples)) / 2
     best = [int(plain_outputs(classifier, example.prompt.ids).argmax()) for example in examples]
     metrics = classifier.evaluate().metrics

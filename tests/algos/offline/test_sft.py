@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from rlft.algos.base import Setup
 from rlft.algos.offline.sft import SFT
+from rlft.build import root_settings
 from rlft.core.batch import Denominators
 from rlft.core.errors import ConfigError
 from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
+from tests.algos.offline.builders import build_offline
 from tests.builders import TOKENIZER, FixedText, sft, tiny
 
 
@@ -103,16 +107,17 @@ def test_ranks_share_the_blocks_of_a_step(algorithm):
     whole = algorithm.collect(0).rows.completion_ids.tolist()
     parts = []
     for rank in range(2):
-        algorithm.rank, algorithm.world_size = rank, 2
+        algorithm.run = replace(algorithm.run, rank=rank, world_size=2)
         parts += algorithm.collect(0).rows.completion_ids.tolist()
     assert sorted(parts) == sorted(whole)
 
 
 @pytest.mark.parametrize(("rows", "blocks"), [(0, None), (5, None), (4, 0), (4, -1)])
 def test_sizes_that_make_no_batch_or_no_evaluation_are_refused_before_anything_is_loaded(rows, blocks):
-    SFT.check(has_reference=False, world_size=2, rows_per_step=4, eval_blocks=None)
+    setup = Setup(root_settings(), has_reference=False, world_size=2)
+    SFT.check(setup, rows_per_step=4, eval_blocks=None)
     with pytest.raises(ConfigError, match=rf"algo\.(rows_per_step={rows}|eval_blocks={blocks}) must be at least 1"):
-        SFT.check(has_reference=False, world_size=2, rows_per_step=rows, eval_blocks=blocks)
+        SFT.check(setup, rows_per_step=rows, eval_blocks=blocks)
 
 
 def test_plan_says_the_tokens_of_a_step(algorithm):
@@ -132,6 +137,6 @@ def test_blocks_longer_than_the_context_and_a_batch_without_a_row_are_refused():
     with pytest.raises(ConfigError, match=r"data\.block_size=9 must be at most 8, the model's context"):
         sft(policy, longer)
     with pytest.raises(ConfigError, match=r"algo\.rows_per_step=0 must be at least 1"):
-        sft(policy, whole, rows_per_step=0)
+        build_offline("sft", "algo.rows_per_step=0", policy=policy, data=whole)
     with pytest.raises(ConfigError, match=r"algo\.rows_per_step=3 must be .* a multiple of the 2 processes"):
-        SFT.check(has_reference=False, world_size=2, rows_per_step=3)
+        build_offline("sft", "algo.rows_per_step=3", policy=policy, data=whole, world_size=2)

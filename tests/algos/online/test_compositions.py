@@ -76,7 +76,7 @@ def expected_advantages(name: str, algorithm, batch) -> list[list[float]]:
             batch.rows.prompt_ids[p, : int(batch.rows.prompt_lengths[p])].tolist()
             for p in range(len(batch.rows.prompt_ids))
         ]
-        greedy = Sampling(algorithm.sampling.max_new_tokens, 0.8, greedy=True)
+        greedy = Sampling(algorithm.run.sampling.max_new_tokens, 0.8, greedy=True)
         ids = generate(
             algorithm.run.policy, prompts, group_size=1, sampling=greedy, eos_id=TOKENIZER.eos_id, seed=9
         ).completions()
@@ -187,7 +187,22 @@ def test_each_epoch_goes_once_through_the_batch_in_an_order_of_its_own():
     again = build("ppo", "algo.epochs=2", "algo.minibatches=3")
     other = again.collect(2)
     other.values["row"] = torch.arange(6)
-    assert [again.minibatch(other, update).values["row"].tolist() for update in range(6)] != parts
+    assert [again.minibatch(other, update, before={}).values["row"].tolist() for update in range(6)] != parts
+
+
+def test_mini_batches_follow_from_their_own_batch_whichever_was_drawn_last():
+    algorithm = build("ppo", "algo.epochs=2", "algo.minibatches=3")
+    batches = [algorithm.collect(index) for index in range(2)]
+    for batch in batches:
+        batch.values["row"] = torch.arange(6)
+
+    def parts(batch) -> list[list[int]]:
+        return [algorithm.minibatch(batch, update, before={}).values["row"].tolist() for update in range(6)]
+
+    first = parts(batches[0])
+    assert parts(batches[1]) != first
+    algorithm.collect(2)
+    assert parts(batches[0]) == first
 
 
 def test_updates_that_are_left_are_passed_over_above_the_target_kl():
@@ -195,14 +210,19 @@ def test_updates_that_are_left_are_passed_over_above_the_target_kl():
     batch = algorithm.collect(1)
     scorer = Scorer(algorithm.run.policy, algorithm.head)
     totals = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-    assert algorithm.minibatch(batch, 0) is batch
-    algorithm.loss(scorer, batch, totals, Metrics(), update=0)
-    assert algorithm.minibatch(batch, 1) is batch  # nothing has moved yet
+
+    def updated(update: int) -> dict[str, float]:
+        metrics = Metrics()
+        algorithm.loss(scorer, batch, totals, metrics, update=update)
+        return metrics.local()
+
+    assert algorithm.minibatch(batch, 0, before={}) is batch
+    assert algorithm.minibatch(batch, 1, before=updated(0)) is batch  # nothing has moved yet
     perturbed(algorithm.run.policy, seed=5, spread=0.1)
-    algorithm.loss(scorer, batch, totals, Metrics(), update=1)
-    assert algorithm.minibatch(batch, 2) is None
-    assert algorithm.minibatch(batch, 3) is None
-    assert algorithm.minibatch(algorithm.collect(2), 0) is not None
+    before = updated(1)
+    assert algorithm.minibatch(batch, 2, before=before) is None
+    assert algorithm.minibatch(batch, 3, before=before) is None  # a step that is passed over has no metrics of its own
+    assert algorithm.minibatch(algorithm.collect(2), 0, before={}) is not None
 
 
 def test_the_target_kl_is_compared_with_the_whole_mini_batch_where_rows_without_advantage_could_be_left_out():
@@ -295,8 +315,5 @@ def test_running_baseline_is_a_mean_of_earlier_batches_only():
 
 def test_entropy_bonus_falls_to_zero():
     algorithm = build("grpo", "algo.entropy_coef=0.4", "algo.entropy_decay_batches=4")
-    seen = []
-    for index in (0, 1, 4, 9):
-        algorithm.collect(index)
-        seen.append(algorithm.entropy_coef_now)
+    seen = [algorithm.collect(index).coefs["entropy"] for index in (0, 1, 4, 9)]
     assert seen == pytest.approx([0.4, 0.3, 0.0, 0.0])

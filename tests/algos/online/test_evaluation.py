@@ -56,7 +56,7 @@ def test_evaluation_measures_what_a_naive_loop_measures():
     evaluation = algorithm.evaluate()
     rollout = generate(
         algorithm.run.policy, [TOKENIZER.encode(text) for text in PROMPTS[:6]], group_size=1,
-        sampling=algorithm.sampling, seed=0, stream="eval", eos_id=TOKENIZER.eos_id,
+        sampling=algorithm.run.sampling, seed=0, stream="eval", eos_id=TOKENIZER.eos_id,
     )  # fmt: skip
     batch = Batch(rollout.rows)
     ids = completions(batch)
@@ -100,7 +100,7 @@ def test_evaluation_leaves_out_what_no_reward_counts():
 
 def test_no_held_out_prompt_is_an_error_that_says_so():
     algorithm = build("grpo")
-    algorithm.rollouts.data._prompts.clear()
+    algorithm.run.data._prompts.clear()
     with pytest.raises(DataError, match="validation split has no prompt"):
         algorithm.evaluate()
 
@@ -175,7 +175,7 @@ def test_rewards_see_prompts_texts_ids_and_columns():
 
     algorithm = build("grpo", rewards=reward_sum(spy), prompts=("abc", "d"))
     batch = algorithm.collect(0)
-    prompts = [p.text for p in algorithm.rollouts.data.batch(0, size=2, seed=0)]
+    prompts = [p.text for p in algorithm.run.data.batch(0, size=2, seed=0)]
     assert seen["prompts"] == [text for text in prompts for _ in range(3)]
     assert seen["number"] == [("abc", "d").index(text) for text in seen["prompts"]]
     assert seen["ids"] == completions(batch)

@@ -9,6 +9,7 @@ import torch
 from rlft.algos.online.kl import Adaptive, Annealed, Fixed, KLPenalty
 from rlft.core.errors import ConfigError
 from rlft.core.metrics import Metrics
+from rlft.functional.shapes import PerCompletion
 from rlft.references.frozen import initial
 from tests.algos.micro import build, completions, eighths, frozen_distributions, gradient, loss_of
 from tests.builders import perturbed, tiny
@@ -67,8 +68,8 @@ def naive_kl(algorithm, batch) -> tuple[list[float], list[float]]:
     """The log ratio of every counted token, and the exact KL at its place, summed over the vocabulary."""
     ratios, exact = [], []
     for row in range(batch.num_rows):
-        logp, ids = frozen_distributions(algorithm.run.policy, batch, row, algorithm.sampling.temperature)
-        logq, _ = frozen_distributions(algorithm.run.reference, batch, row, algorithm.sampling.temperature)
+        logp, ids = frozen_distributions(algorithm.run.policy, batch, row, algorithm.run.sampling.temperature)
+        logq, _ = frozen_distributions(algorithm.run.reference, batch, row, algorithm.run.sampling.temperature)
         ratios += [float(logp[t, a] - logq[t, a]) for t, a in enumerate(ids)]
         exact += [sum(float(logp[t, v].exp() * (logp[t, v] - logq[t, v])) for v in range(12)) for t in range(len(ids))]
     return ratios, exact
@@ -107,7 +108,7 @@ def test_the_kl_in_the_loss_is_the_one_that_is_logged(choice):
 def test_the_kl_in_the_reward_is_the_one_that_is_logged():
     seen = {}
 
-    def advantage(rewards, group_size):
+    def advantage(rewards: PerCompletion) -> PerCompletion:
         seen["rewards"] = rewards
         return torch.zeros_like(rewards)
 
@@ -131,10 +132,10 @@ def test_reward_that_is_logged_is_before_the_penalty():
 
 def test_without_a_penalty_the_reference_only_measures():
     measured = build("dr_grpo")
-    free = build("dr_grpo", policy=measured.policy, reference=None)
+    free = build("dr_grpo", policy=measured.run.policy, reference=None)
     batch, with_reference, without = measured.collect(1), Metrics(), Metrics()
-    a = gradient(loss_of(measured, batch, update=0, metrics=with_reference), measured.policy)
-    b = gradient(loss_of(free, free.collect(1), update=0, metrics=without), measured.policy)
+    a = gradient(loss_of(measured, batch, update=0, metrics=with_reference), measured.run.policy)
+    b = gradient(loss_of(free, free.collect(1), update=0, metrics=without), measured.run.policy)
     assert torch.equal(a, b)
     assert with_reference.local().keys() - without.local().keys() == {"kl", "kl_exact"}
     assert with_reference.local()["kl"] > 0
@@ -155,7 +156,7 @@ def test_kl_to_the_initial_policy_is_zero_at_first_and_its_copy_is_frozen():
 
 
 def test_exact_kl_is_left_out_where_the_vocabulary_is_large(monkeypatch):
-    monkeypatch.setattr("rlft.algos.online.reference.EXACT_KL_VOCABULARY", 11)
+    monkeypatch.setattr("rlft.algos.online.scoring.EXACT_KL_VOCABULARY", 11)
     algorithm, means = build("grpo"), Metrics()
     batch = algorithm.collect(1)
     loss_of(algorithm, batch, update=0, metrics=means)
@@ -171,9 +172,7 @@ def test_adaptive_controller_is_zieglers_formula():
     penalty = KLPenalty("k1", coef=0.1, where="reward", controller=Adaptive(target=6.0, horizon=100.0))
     expected = 0.1
     for kl, count in ((6.6, 20), (60.0, 20), (0.0, 10)):  # errors 0.1, clipped to 0.2, clipped to -0.2
-        penalty.end_batch(kl_completion=kl, num_tokens=1, num_completions=count)
-        assert penalty.coef == pytest.approx(expected)  # until the next batch
-        penalty.start_batch()
+        penalty.controller.observe(kl_completion=kl, num_tokens=1, num_completions=count)
         expected *= 1 + min(max(kl / 6 - 1, -0.2), 0.2) * count / 100
         assert penalty.coef == pytest.approx(expected, rel=1e-14)
 
@@ -181,9 +180,8 @@ def test_adaptive_controller_is_zieglers_formula():
 def test_annealed_controller_rises_to_the_coefficient_over_its_tokens():
     penalty, seen = KLPenalty("k3", coef=0.4, where="loss", controller=Annealed(tokens=100)), []
     for _ in range(4):
-        penalty.start_batch()
         seen.append(penalty.coef)
-        penalty.end_batch(kl_completion=1.0, num_tokens=40, num_completions=1)
+        penalty.controller.observe(kl_completion=1.0, num_tokens=40, num_completions=1)
     assert seen == pytest.approx([0.0, 0.16, 0.32, 0.4], rel=1e-14)
     assert penalty.is_in_loss  # from the first batch on, although its coefficient is 0 there
 
@@ -193,9 +191,8 @@ def test_a_resumed_controller_goes_on_where_it_was(make):
     def run(penalty, batches):
         coefs = []
         for i in batches:
-            penalty.start_batch()
             coefs.append(penalty.coef)
-            penalty.end_batch(kl_completion=0.5 * i, num_tokens=20, num_completions=10)
+            penalty.controller.observe(kl_completion=0.5 * i, num_tokens=20, num_completions=10)
         return coefs
 
     whole, first = (KLPenalty("k1", 0.2, "reward", make()) for _ in range(2))
@@ -214,14 +211,67 @@ def test_controllers_with_senseless_settings_are_refused():
         Annealed(tokens=0)
 
 
-def test_what_the_controller_hears_is_the_sampled_kl_of_a_completion():
+def test_what_the_controller_hears_is_the_sampled_kl_of_a_completion(monkeypatch):
+    seen: list[dict] = []
     algorithm = build("rloo", "algo/kl_controller=adaptive")
+    monkeypatch.setattr(algorithm.kl.controller, "observe", lambda **heard: seen.append(heard))
     batch = algorithm.collect(1)
     total = 0.0
     for i, ids in enumerate(completions(batch)):
         logp, _ = frozen_distributions(algorithm.run.policy, batch, i, 0.8)
         logq, _ = frozen_distributions(algorithm.run.reference, batch, i, 0.8)
         total += sum(float(logp[t, a] - logq[t, a]) for t, a in enumerate(ids))
-    seen = algorithm.kl.state_dict()["seen"]
-    assert seen["kl_completion"] == pytest.approx(total / 6, rel=1e-10)
-    assert (seen["num_tokens"], seen["num_completions"]) == (batch.num_tokens, 6)
+    (heard,) = seen
+    assert heard["kl_completion"] == pytest.approx(total / 6, rel=1e-10)
+    assert (heard["num_tokens"], heard["num_completions"]) == (batch.num_tokens, 6)
+
+
+# The coefficient of a batch stays what it was when the batch was drawn.
+
+
+def steered(choice: str):
+    """A composition whose KL coefficient rises by 12% from batch to batch: each error is clipped to 0.2."""
+    controller = ("algo/kl_controller=adaptive", "algo.kl.controller.target=0.001", "algo.kl.controller.horizon=10")
+    return build("dr_grpo", f"algo/kl={choice}", "algo.kl.coef=0.5", *controller, "algo.epochs=2")
+
+
+def test_the_loss_of_a_batch_keeps_its_own_coefficient_after_the_next_batch_was_drawn():
+    algorithm = steered("k3")
+    first = algorithm.collect(0)
+    before = loss_of(algorithm, first, update=1).item()
+    second = algorithm.collect(1)
+    assert first.coefs["kl"] == 0.5 and second.coefs["kl"] == pytest.approx(0.5 * 1.12, rel=1e-14)
+    assert loss_of(algorithm, first, update=1).item() == before
+    free = build("dr_grpo", policy=algorithm.run.policy)  # the same without a penalty
+    means = Metrics()
+    penalty = loss_of(algorithm, first, update=1, metrics=means) - loss_of(free, first, update=1)
+    # Dr. GRPO adds tokens up and divides by the rows times the longest completion that may be.
+    assert penalty.item() == pytest.approx(0.5 * means.local()["kl"] * first.num_tokens / (6 * 5), rel=1e-9)
+
+
+@pytest.mark.parametrize("choice", ["k3", "in_reward"])
+def test_the_coefficient_that_is_logged_is_the_batchs_own_and_not_the_next_ones(choice):
+    algorithm = steered(choice)
+    batches = [algorithm.collect(index) for index in range(3)]
+    expected = [0.5, 0.5 * 1.12, 0.5 * 1.12**2]
+    assert [batch.coefs["kl"] for batch in batches] == pytest.approx(expected, rel=1e-14)
+    logged = [batch.metrics.local()["kl_coef"] for batch in batches]
+    assert logged == pytest.approx(expected, rel=1e-7)  # a float32
+
+
+def test_every_cut_of_a_batch_keeps_its_coefficients():
+    algorithm = build("ppo", "algo.entropy_coef=0.4", "algo.entropy_decay_batches=4", "algo.minibatches=3")
+    batch = algorithm.collect(1)
+    assert batch.coefs == {"kl": 0.5, "entropy": pytest.approx(0.3)}
+    cuts = [batch.slice(1, 3), batch.select(torch.tensor([0, 4])), batch.by_length(), *batch.micro_batches(max_rows=2)]
+    cuts += [algorithm.minibatch(batch, 1, before={}), algorithm.needed(batch)]
+    assert all(cut.coefs == batch.coefs for cut in cuts)
+
+
+def test_the_entropy_bonus_of_a_batch_stays_after_the_next_batch_was_drawn():
+    algorithm = build("reinforce", "algo.entropy_coef=0.4", "algo.entropy_decay_batches=2")
+    first = algorithm.collect(0)
+    before = gradient(loss_of(algorithm, first, update=0), algorithm.run.policy)
+    second = algorithm.collect(1)
+    assert (first.coefs["entropy"], second.coefs["entropy"]) == (0.4, 0.2)
+    assert torch.equal(gradient(loss_of(algorithm, first, update=0), algorithm.run.policy), before)

@@ -11,7 +11,6 @@ from torch import Tensor
 from rlft.core.errors import ConfigError, NonFiniteError
 from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
-from rlft.rollout.sampling import Sampling
 from tests.algos.micro import completions, eighths
 from tests.algos.offline.builders import build_offline, gradient, reference, totals
 from tests.builders import FixedPrompts, Float64Rewards, perturbed, reward_sum, rows_of, tiny, trainer
@@ -22,16 +21,16 @@ PROMPTS = ["abc", "d", "efghi", "jk"]
 
 
 def made(*overrides: str, rewards=None, prompts_per_step: int = 3, group_size: int = 4, **given):
-    defaults = {"reference": reference(), "data": FixedPrompts(PROMPTS), "sampling": Sampling(5, TEMPERATURE)}
+    defaults = {"reference": reference(), "data": FixedPrompts(PROMPTS), "temperature": TEMPERATURE}
     return build_offline(
         "online_dpo", "algo.beta=0.3", *overrides, prompts_per_step=prompts_per_step, group_size=group_size,
-        rewards=reward_sum(rewards or eighths, cls=Float64Rewards), **(defaults | given),
+        max_new_tokens=5, rewards=reward_sum(rewards or eighths, cls=Float64Rewards), **(defaults | given),
     )  # fmt: skip
 
 
 def groups_of(algorithm, batch) -> list[tuple[list[int], list[list[int]]]]:
     """Each prompt's ids with the ids of its completions."""
-    rows, size, found = batch.rows, algorithm.group_size, []
+    rows, size, found = batch.rows, algorithm.run.settings.group_size, []
     for p, ids in enumerate(rows.prompt_ids.tolist()):
         found.append((ids[: int(rows.prompt_lengths[p])], completions(batch)[p * size : (p + 1) * size]))
     return found
@@ -72,7 +71,7 @@ def test_loss_and_gradient_equal_a_naive_loop_over_the_best_and_the_worst_of_eac
     algorithm = made()
     for index in range(3):
         everything = algorithm.collect(index)
-        batch = algorithm.minibatch(everything, 0)
+        batch = algorithm.minibatch(everything, 0, before={})
         pairs = naive_pairs(groups_of(algorithm, everything), lambda ids: eighths(completion_ids=ids))
         assert completions(batch) == [ids for _, chosen, rejected in pairs for ids in (chosen, rejected)]
         loss, expected = loss_of(algorithm, batch), naive_loss(algorithm, pairs, 3)
@@ -85,7 +84,7 @@ def test_loss_and_gradient_equal_a_naive_loop_over_the_best_and_the_worst_of_eac
 def test_groups_without_spread_are_left_out_and_counted_as_a_loss_of_zero():
     algorithm = made(rewards=two_groups_tie)
     everything, means = algorithm.collect(1), Metrics()
-    batch = algorithm.minibatch(everything, 0)
+    batch = algorithm.minibatch(everything, 0, before={})
     prompt, group = groups_of(algorithm, everything)[1]
     assert completions(batch) == [group[1], group[0]]  # of equals the first
     expected = naive_loss(algorithm, [(prompt, group[1], group[0])], 3)
@@ -99,7 +98,7 @@ def test_groups_without_spread_are_left_out_and_counted_as_a_loss_of_zero():
 
 def test_a_batch_without_any_pair_is_a_step_with_no_gradient():
     algorithm, means = made(rewards=lambda completions, **_: [0.5] * len(completions)), Metrics()
-    batch = algorithm.minibatch(algorithm.collect(0), 0)
+    batch = algorithm.minibatch(algorithm.collect(0), 0, before={})
     loss = loss_of(algorithm, batch, means)
     assert batch.num_rows == 2 and float(loss.detach()) == 0.0
     assert not gradient(loss, algorithm).any()
@@ -112,7 +111,7 @@ def test_completions_that_no_reward_counts_are_in_no_pair():
 
     algorithm = made(rewards=some)
     everything = algorithm.collect(0)
-    batch = algorithm.minibatch(everything, 0)
+    batch = algorithm.minibatch(everything, 0, before={})
     _, group = groups_of(algorithm, everything)[0]
     assert completions(batch) == [group[1], group[2]]
     assert torch.isfinite(loss_of(algorithm, batch))
@@ -121,7 +120,7 @@ def test_completions_that_no_reward_counts_are_in_no_pair():
 @pytest.mark.parametrize("limits", [{"max_rows": 1}, {"max_rows": 5}, {"max_tokens": 25}])
 def test_shares_of_micro_batches_add_up_to_the_whole_gradient(limits):
     algorithm = made(prompts_per_step=4)
-    batch = algorithm.minibatch(algorithm.collect(1), 0)
+    batch = algorithm.minibatch(algorithm.collect(1), 0, before={})
     whole, means = Metrics(), Metrics()
     expected = gradient(loss_of(algorithm, batch, whole), algorithm)
     micros, got = list(batch.micro_batches(**limits)), torch.zeros_like(expected)
@@ -138,22 +137,30 @@ def test_all_sampled_tokens_are_counted_although_only_pairs_are_trained_on():
     everything = algorithm.collect(0)
     assert everything.num_rows == 12
     assert everything.num_tokens == sum(map(len, completions(everything)))
-    assert algorithm.minibatch(everything, 0).num_rows == 6
+    assert algorithm.minibatch(everything, 0, before={}).num_rows == 6
+
+
+def test_the_pairs_of_a_batch_stay_after_the_next_was_drawn():
+    algorithm = made()
+    first = algorithm.collect(0)
+    before = completions(algorithm.minibatch(first, 0, before={}))
+    second = algorithm.collect(1)
+    assert completions(algorithm.minibatch(first, 0, before={})) == before
+    assert completions(algorithm.minibatch(second, 0, before={})) != before
 
 
 def test_logprobs_are_the_current_policys_whoever_sampled():
-    algorithm = made()
+    algorithm = made(is_float32=False)  # else the policy would have to be the sampler's
     everything = algorithm.collect(1)
-    batch = algorithm.minibatch(everything, 0)
+    batch = algorithm.minibatch(everything, 0, before={})
     pairs = naive_pairs(groups_of(algorithm, everything), lambda ids: eighths(completion_ids=ids))
     perturbed(algorithm.run.policy, seed=5, spread=0.05)
-    algorithm.is_float32 = False
     torch.testing.assert_close(loss_of(algorithm, batch), naive_loss(algorithm, pairs, 3), rtol=1e-12, atol=0)
 
 
 def test_sampler_that_is_not_the_trained_policy_is_an_error():
     algorithm, means = made(), Metrics()
-    batch = algorithm.minibatch(algorithm.collect(1), 0)
+    batch = algorithm.minibatch(algorithm.collect(1), 0, before={})
     loss_of(algorithm, batch, means)
     assert means.local()["sampling/sampling_logp_difference/max"] < 1e-12
     batch.values["old_logprobs"][0, 0] += 2e-3
@@ -164,7 +171,7 @@ def test_sampler_that_is_not_the_trained_policy_is_an_error():
 def test_untouched_policy_is_its_own_reference():
     policy = tiny(9, spread=0.25).double()
     algorithm, means = made(policy=policy, reference=policy), Metrics()
-    loss_of(algorithm, algorithm.minibatch(algorithm.collect(0), 0), means)
+    loss_of(algorithm, algorithm.minibatch(algorithm.collect(0), 0, before={}), means)
     assert means.local()["rewards/margins"] == pytest.approx(0.0, abs=1e-14)
     metrics = algorithm.evaluate().metrics
     assert metrics["eval/kl"] == pytest.approx(0.0, abs=1e-14)
@@ -174,11 +181,11 @@ def test_untouched_policy_is_its_own_reference():
 def test_ranks_share_the_prompts_and_add_up(tmp_path):
     sizes = {"prompts_per_step": 4, "rewards": None}
     whole = made(**sizes)
-    batch = whole.minibatch(whole.collect(1), 0)
+    batch = whole.minibatch(whole.collect(1), 0, before={})
     expected, parts = float(loss_of(whole, batch).detach()), 0.0
     for rank in range(2):
         part = made(rank=rank, world_size=2, **sizes)
-        parts += float(loss_of(part, part.minibatch(part.collect(1), 0)).detach())
+        parts += float(loss_of(part, part.minibatch(part.collect(1), 0, before={})).detach())
     assert parts == pytest.approx(expected, rel=1e-12)
 
 

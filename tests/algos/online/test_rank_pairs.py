@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,23 +16,19 @@ from rlft import build
 from rlft.algos.online.rank_pairs import RankPairs
 from rlft.config import checked
 from rlft.core.errors import ConfigError, RewardError
-from rlft.core.metrics import Clock
 from rlft.data.files import Jsonl
 from rlft.data.preferences import PreferenceData
-from rlft.rollout.sampling import Sampling
-from tests.builders import ALPHABET, CPU, TOKENIZER, FixedPrompts, reward_sum, share_of_a, tiny
+from tests.builders import ALPHABET, TOKENIZER, FixedPrompts, reward_sum, run_of, share_of_a, tiny
 
 ROOT = Path(__file__).parents[3]
 PROMPTS = [a + b for a in ALPHABET[:4] for b in ALPHABET[:4]]
 
 
-def made(path: Path | str, *, reward=share_of_a, **changes) -> RankPairs:
-    objects = {
-        "policy": tiny(1), "rewards": reward_sum(reward), "data": FixedPrompts(PROMPTS), "tokenizer": TOKENIZER,
-        "sampling": Sampling(6), "seed": 0, "device": CPU, "autocast": nullcontext, "world_size": 1, "clock": Clock(),
-        "path": str(path), "num_pairs": 20, "prompts_per_step": 8, "group_size": 4,
-    }  # fmt: skip
-    return RankPairs(**(objects | changes))
+def made(path: Path | str, *, reward=share_of_a, num_pairs: int = 20, **changes) -> RankPairs:
+    settings = {"max_new_tokens": 6, "prompts_per_step": 8, "group_size": 4} | changes
+    run = run_of(tiny(1), FixedPrompts(PROMPTS), rewards=reward_sum(reward), **settings)
+    node = {"_target_": f"{RankPairs.__module__}.{RankPairs.__name__}", "path": str(path), "num_pairs": num_pairs}
+    return build.algorithm(node, run)
 
 
 def read(path: Path) -> list[dict]:
@@ -45,7 +40,7 @@ def test_pairs_are_the_best_and_the_worst_of_their_group(tmp_path):
     found, rows = ranker.write(), read(tmp_path / "pairs.jsonl")
     assert len(rows) == found["pairs"] == 20 and found["groups"] >= 24
     first = ranker.rollouts(0)
-    rewards, texts = first.scored.total.tolist(), TOKENIZER.decode_batch(first.rollout.completions())
+    rewards, texts = first.total.tolist(), TOKENIZER.decode_batch(first.rollout.completions())
     ends, expected = [reason == "stop" for reason in first.rollout.finish_reasons], []
     for p, prompt in enumerate(first.prompts):
         group = list(zip(*(x[4 * p : 4 * p + 4] for x in (rewards, texts, ends)), strict=True))
@@ -107,10 +102,8 @@ def test_what_makes_no_sense_is_refused(tmp_path, changes, message):
 def test_its_yaml_shows_every_knob_and_passes_the_check():
     with initialize_config_dir(str(build.CONF), version_base="1.3"):
         config = checked(compose("rank_pairs", overrides=["algo.path=pairs.jsonl"]))
-    given = set(inspect.signature(made(Path("x")).__init__).parameters) - set(config.algo)
-    assert given == {"policy", "rewards", "data", "tokenizer", "sampling", "seed", "device", "autocast", "world_size",
-                     "clock"}  # fmt: skip
-    assert (config.name, config.algo["num_pairs"]) == ("rank_pairs", 4000)
+    assert set(inspect.signature(RankPairs).parameters) - set(config.algo) == {"run"}
+    assert (config.name, config.prompts_per_step, config.algo["num_pairs"]) == ("rank_pairs", 64, 4000)
 
 
 def test_command_writes_pairs_and_names_what_is_wrong(tmp_path):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from rlft import build as build_module
+from rlft.algos.base import Setup
 from rlft.algos.online.policy_gradient import PolicyGradient
+from rlft.build import root_settings
 from rlft.core.errors import ConfigError
 from tests.algos.micro import build
 from tests.builders import algorithm_node, reward_sum
-
-SIZES = {"prompts_per_step": 2, "group_size": 3, "eval_prompts": 4, "micro_batch": None, "micro_batch_tokens": None}
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,15 @@ def test_what_makes_no_sense_is_refused_with_the_reason(name, overrides, message
 
 
 def test_a_student_is_refused_as_its_own_teacher_unless_something_else_moves_it():
-    settings = build_module._parts(algorithm_node("distill", **SIZES)).keywords
-    PolicyGradient.check(has_reference=True, world_size=1, **settings)
-    PolicyGradient.check(
-        has_reference=True, is_reference_initial=True, world_size=1, **(settings | {"entropy_coef": 0.1})
-    )
+    def check(*overrides: str, is_reference_initial: bool) -> None:
+        settings = build_module._parts(algorithm_node("distill", overrides)).keywords
+        setup = Setup(root_settings(), has_reference=True, is_reference_initial=is_reference_initial)
+        PolicyGradient.check(setup, **settings)
+
+    check(is_reference_initial=False)
+    check("algo.entropy_coef=0.1", is_reference_initial=True)
     with pytest.raises(ConfigError, match=r"the reference is the policy itself as the run begins.*=checkpoint"):
-        PolicyGradient.check(has_reference=True, is_reference_initial=True, world_size=1, **settings)
+        check(is_reference_initial=True)
 
 
 # What a batch of its own shows first.
