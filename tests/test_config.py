@@ -313,8 +313,16 @@ def test_what_an_algorithm_reads_from_the_run_is_no_setting_of_its_group(algo, n
 def test_an_algorithms_size_out_of_range_is_refused_with_what_is_allowed(algo, name, value, allowed):
     if name in ("epochs", "minibatches", "entropy_decay_batches") and value > 0:
         allowed, value = f"at most {2**63 - 1}", 10**30
+    if algo == "kto" and value <= 0:  # each completion serves another's prompt too
+        allowed = "at least 2"
     with pytest.raises(ConfigError, match=rf"^algo\.{name}={value} must be {allowed}"):
         checked(with_value(chosen(algo), f"algo.{name}", value))
+
+
+@pytest.mark.parametrize("name", ["beta", "desirable_weight", "undesirable_weight"])
+def test_a_weight_of_kto_must_be_above_zero(name):
+    with pytest.raises(ConfigError, match=rf"^algo\.{name}=0 must be above 0$"):
+        checked(with_value(chosen("kto"), f"algo.{name}", 0))
 
 
 @pytest.mark.parametrize("key", ["algo.samples_per_step", "algo.resample_zero_std", "algo.top_k", "algo.value_coef"])

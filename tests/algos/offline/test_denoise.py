@@ -226,8 +226,6 @@ def test_blocks_that_do_not_fit_the_context_are_refused():
     [
         ({"sample_rounds": 0}, "must be at least 1, got 0"),
         ({"sample_order": "confidense"}, r"confidence, ancestral, got 'confidense' \(did you mean 'confidence'\?\)"),
-        ({"rows_per_step": 0}, "algo.rows_per_step=0 must be at least 1"),
-        ({"eval_blocks": 0}, "algo.eval_blocks=0 must be at least 1, or null"),
         ({"rows_per_step": 5}, "algo.rows_per_step=5 .* a multiple of the 2 processes"),
     ],
 )

@@ -159,11 +159,7 @@ def test_a_batch_of_one_kind_has_no_metrics_of_the_other():
     ("overrides", "given", "message"),
     [
         ((), {"reference": None}, "algo=kto compares the policy with a reference: set reference=initial"),
-        (("algo.rows_per_step=1",), {}, "algo.rows_per_step=1 must be at least 2"),
-        (("algo.beta=0",), {}, "algo.beta=0 must be above 0"),
-        (("algo.undesirable_weight=-1",), {}, "algo.undesirable_weight=-1 must be above 0"),
         ((), {"world_size": 2}, "z0 over the whole batch, and so far does so in one process only"),
-        (("algo.eval_rows=1",), {}, "algo.eval_rows=1 must be at least 2, or null for all held-out ones"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(overrides, given, message):

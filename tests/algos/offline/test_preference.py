@@ -217,9 +217,7 @@ def test_ranks_share_the_pairs_of_a_step():
         ("dpo", ("+algo.loss.beta=0.1",), {}, "algo.loss.beta is set by algo.beta"),
         ("ipo", ("algo.loss._target_=rlft.functional.preference.kto",), {},
          "algo.loss: kto asks for the tensor 'logprobs'"),
-        ("dpo", ("algo.pairs_per_step=0",), {}, "algo.pairs_per_step=0 must be at least 1"),
-        ("dpo", (), {"world_size": 2}, "pairs_per_step=5 must be at least 1, and a multiple of the 2 processes"),
-        ("dpo", ("algo.eval_pairs=0",), {}, "algo.eval_pairs=0 must be at least 1, or null for all"),
+        ("dpo", (), {"world_size": 2}, "pairs_per_step=5 must be a multiple of the 2 processes"),
         ("dpo", (), {"policy": tiny(n_positions=9)}, r"memory:3: 10 tokens do not fit .* data\.max_tokens=9"),
     ],
 )  # fmt: skip

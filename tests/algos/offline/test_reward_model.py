@@ -164,10 +164,7 @@ def test_margins_are_in_every_row_or_in_none():
 @pytest.mark.parametrize(
     ("name", "overrides", "given", "message"),
     [
-        ("reward_model", ("algo.pairs_per_step=0",), {}, "algo.pairs_per_step=0 must be at least 1"),
         ("classification", (), {"world_size": 3}, "rows_per_step=4 .* a multiple of the 3 processes"),
-        ("reward_model", ("algo.eval_pairs=0",), {}, "algo.eval_pairs=0 must be at least 1, or null for all"),
-        ("classification", ("algo.eval_rows=-1",), {}, "algo.eval_rows=-1 must be at least 1, or null for all"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(name, overrides, given, message):

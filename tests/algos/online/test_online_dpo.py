@@ -207,7 +207,7 @@ def test_a_run_counts_its_tokens_and_says_which_samples_were_pairs(tmp_path):
         ((), {"group_size": 1}, "group_size=1: a pair needs at least 2 samples of a prompt"),
         ((), {"reference": None}, "algo.loss=dpo compares the policy with a reference"),
         (("algo.beta=-1",), {}, "algo.beta=-1 must be above 0"),
-        ((), {"world_size": 2}, "prompts_per_step=3 must be at least 1, and a multiple of the 2 processes"),
+        ((), {"world_size": 2}, "prompts_per_step=3 must be a multiple of the 2 processes"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(overrides, given, message):
