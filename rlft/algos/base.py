@@ -139,9 +139,7 @@ class Algorithm(ABC):
         """Take back what `state_dict` returned."""
 
 
-def check_sizes(*, setting: str, per_step: int, at_least: int, world_size: int) -> None:
-    """Raise `ConfigError` for a batch that is too small, or that the ranks cannot share evenly."""
-    if per_step < at_least or per_step % world_size:
-        raise ConfigError(
-            f"{setting}={per_step} must be at least {at_least}, and a multiple of the {world_size} processes"
-        )
+def check_shared(setting: str, size: int, setup: Setup) -> None:
+    """Raise `ConfigError` for a batch that the processes cannot share evenly."""
+    if size % setup.world_size:
+        raise ConfigError(f"{setting}={size} must be a multiple of the {setup.world_size} processes")

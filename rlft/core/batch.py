@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -87,29 +87,26 @@ class Batch:
             else:
                 blocks.append([row])
         blocks.sort(key=lambda block: max(lengths[row] for row in block))
-        order = [row for block in blocks for row in block]
-        kept = list(dict.fromkeys(prompts[row] for row in order))
-        number = {prompt: i for i, prompt in enumerate(kept)}
-        device = rows.prompt_of_row.device
-        moved = Rows(
-            prompt_ids=rows.prompt_ids[kept],
-            prompt_lengths=rows.prompt_lengths[kept],
-            prompt_of_row=torch.tensor([number[prompts[row]] for row in order], device=device),
-            completion_ids=rows.completion_ids[order],
-            completion_mask=rows.completion_mask[order],
-        )
-        values = {name: value[order] for name, value in self.values.items()}
-        return Batch(moved, values, rows_per_unit=unit, num_read=self.num_read, coefs=self.coefs)
+        moved = self._taken([row for block in blocks for row in block])
+        return replace(moved, rows_per_unit=unit, num_read=self.num_read)
 
     def select(self, index: Tensor) -> Batch:
-        """Return the rows of `index` (int64, ascending) with their prompts."""
-        r = self.rows
-        prompts, prompt_of_row = torch.unique(r.prompt_of_row[index], return_inverse=True)
-        rows = Rows(
-            r.prompt_ids[prompts], r.prompt_lengths[prompts], prompt_of_row, r.completion_ids[index],
-            r.completion_mask[index],
-        )  # fmt: skip
-        return Batch(rows, {name: value[index] for name, value in self.values.items()}, coefs=self.coefs)
+        """Return the rows of `index` (int64; those of a prompt next to each other) with their prompts."""
+        return self._taken(index.tolist())
+
+    def _taken(self, rows: list[int]) -> Batch:
+        """Return these rows in their order, each prompt where its first row is."""
+        own, prompts = self.rows, self.rows.prompt_of_row.tolist()
+        kept = list(dict.fromkeys(prompts[row] for row in rows))
+        number = {prompt: i for i, prompt in enumerate(kept)}
+        taken = Rows(
+            prompt_ids=own.prompt_ids[kept],
+            prompt_lengths=own.prompt_lengths[kept],
+            prompt_of_row=torch.tensor([number[prompts[row]] for row in rows], device=own.prompt_of_row.device),
+            completion_ids=own.completion_ids[rows],
+            completion_mask=own.completion_mask[rows],
+        )
+        return Batch(taken, {name: value[rows] for name, value in self.values.items()}, coefs=self.coefs)
 
     def micro_batches(self, *, max_rows: int | None = None, max_tokens: int | None = None) -> Iterator[Batch]:
         """Cut into consecutive micro-batches of at most `max_rows` rows and `max_tokens` padded tokens each.

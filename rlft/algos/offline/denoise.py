@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.algos.base import NOT_EVALUATED, Algorithm, Evaluation, Run, Setup, check_sizes
-from rlft.algos.offline.examples import check_held_out
+from rlft.algos.base import NOT_EVALUATED, Algorithm, Evaluation, Run, Setup, check_shared
 from rlft.algos.samples import EVAL_SEED, EVAL_STREAM, NUM_SHOWN
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError
@@ -74,9 +73,7 @@ class Denoise(Algorithm):
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:
         Unmasking(settings["sample_rounds"], settings["sample_order"])
-        rows = settings["rows_per_step"]
-        check_sizes(setting="algo.rows_per_step", per_step=rows, at_least=1, world_size=setup.world_size)
-        check_held_out(setting="algo.eval_blocks", count=settings["eval_blocks"])
+        check_shared("algo.rows_per_step", settings["rows_per_step"], setup)
 
     def collect(self, batch_index: int) -> Batch:
         blocks = self.run.data.batch(batch_index, size=self.rows_per_step, seed=self.run.settings.seed)

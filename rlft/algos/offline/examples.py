@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class OnExamples(Algorithm):
     """
 
     objective = ("eval/loss", "min")
+    has_samples: ClassVar[bool] = False  # whether an evaluation shows the policy's own completions
 
     def __init__(self, run: Run, *, per_step: int, num_held_out: int | None) -> None:
         super().__init__(run)
@@ -59,25 +61,15 @@ class OnExamples(Algorithm):
         for micro in batch.micro_batches(**self.run.settings.limits):
             with self.run.autocast():
                 metrics.add("eval/loss", self.losses(scorer, micro, metrics, prefix="eval/"))
-        return Evaluation(metrics.local(), self.samples())
+        return Evaluation(metrics.local(), show_samples(self.run, self.held_out()) if self.has_samples else [])
 
     def held_out(self) -> list[Example]:
         """Return what an evaluation reads."""
         return held_out(self.run.data, self.num_held_out)
 
-    def samples(self) -> list[dict]:
-        """Return what an evaluation shows, rows of samples.jsonl."""
-        return []
-
     def plan(self) -> list[tuple[str, str]]:
         held = f"{len(self.held_out()):,}" if self.is_evaluated else NOT_EVALUATED
         return [("examples per step", f"{self.per_step:,}"), ("held-out examples", held), *self.run.data_plan]
-
-
-def check_held_out(*, setting: str, count: int | None, at_least: int = 1) -> None:
-    """Raise `ConfigError` for an evaluation on fewer held-out examples than tell anything; None stands for all."""
-    if count is not None and count < at_least:
-        raise ConfigError(f"{setting}={count} must be at least {at_least}, or null for all held-out ones")
 
 
 def check_room(data: ExampleData, *, context_length: int) -> None:

@@ -10,23 +10,25 @@ batch is cut.) A mismatched completion that runs past the model's context is cut
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from rlft.algos.base import Evaluation, Run, Setup, check_sizes
-from rlft.algos.offline.examples import OnExamples, check_held_out, completion_rows, show_samples
+from rlft.algos.base import Evaluation, Run, Setup, check_shared
+from rlft.algos.offline.examples import OnExamples, completion_rows
 from rlft.core.batch import Batch
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.metrics import Metrics
-from rlft.core.ranges import Size
+from rlft.core.ranges import Positive, Range
 from rlft.data.examples import Example
 from rlft.data.kinds import Kind
 from rlft.functional.preference import kto, kto_reference_point
 from rlft.models.base import CausalLM
 from rlft.models.likelihood import summed_logprobs
 from rlft.models.scorer import Scorer
+
+AtLeastTwo = Annotated[int, Range(2, 2**31 - 1)]
 
 
 class KTO(OnExamples):
@@ -39,17 +41,17 @@ class KTO(OnExamples):
     """
 
     reads = (Kind.UNPAIRED,)
-    uses_reference = True
+    uses_reference = has_samples = True
 
     def __init__(
         self,
         run: Run,
         *,
-        beta: float,
-        desirable_weight: float,
-        undesirable_weight: float,
-        rows_per_step: Size,
-        eval_rows: Size | None,
+        beta: Positive,
+        desirable_weight: Positive,
+        undesirable_weight: Positive,
+        rows_per_step: AtLeastTwo,
+        eval_rows: AtLeastTwo | None,
     ) -> None:
         super().__init__(run, per_step=rows_per_step, num_held_out=eval_rows)
         for split in ("train", "validation"):
@@ -63,13 +65,8 @@ class KTO(OnExamples):
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:
-        """Raise `ConfigError` without a reference, for a value out of its range, and for several processes."""
-        rows = settings["rows_per_step"]
-        check_sizes(setting="algo.rows_per_step", per_step=rows, at_least=2, world_size=setup.world_size)
-        check_held_out(setting="algo.eval_rows", count=settings["eval_rows"], at_least=2)
-        for name in ("beta", "desirable_weight", "undesirable_weight"):
-            if not settings[name] > 0:
-                raise ConfigError(f"algo.{name}={settings[name]} must be above 0")
+        """Raise `ConfigError` without a reference, and for several processes."""
+        check_shared("algo.rows_per_step", settings["rows_per_step"], setup)
         if not setup.has_reference:
             raise ConfigError("algo=kto compares the policy with a reference: set reference=initial")
         if setup.world_size > 1:
@@ -103,9 +100,6 @@ class KTO(OnExamples):
         if "eval/rewards/chosen" in metrics and "eval/rewards/rejected" in metrics:
             metrics["eval/rewards/margins"] = metrics["eval/rewards/chosen"] - metrics["eval/rewards/rejected"]
         return evaluation
-
-    def samples(self) -> list[dict]:
-        return show_samples(self.run, self.held_out())
 
     def _summed_logprobs(self, model: CausalLM | None, batch: Batch) -> Tensor:
         assert model is not None

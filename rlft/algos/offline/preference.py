@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlft.algos.base import Run, Setup, check_sizes
-from rlft.algos.offline.examples import OnExamples, check_held_out, completion_rows, show_samples
+from rlft.algos.base import Run, Setup, check_shared
+from rlft.algos.offline.examples import OnExamples, completion_rows
 from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
 from rlft.core.batch import Batch
 from rlft.core.metrics import Metrics
@@ -34,7 +34,7 @@ class Preference(OnExamples):
     """
 
     reads = (Kind.PREFERENCES,)
-    uses_reference = True
+    uses_reference = has_samples = True
 
     def __init__(
         self, run: Run, *, loss: Callable[..., Tensor], beta: float, pairs_per_step: Size, eval_pairs: Size | None
@@ -44,11 +44,9 @@ class Preference(OnExamples):
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:
-        """Raise `ConfigError` for a loss that is none on pairs or lacks its reference, and for a wrong size."""
+        """Raise `ConfigError` for a loss that is none on pairs or lacks its reference."""
         check_pair_loss(settings["loss"], beta=settings["beta"], has_reference=setup.has_reference)
-        pairs = settings["pairs_per_step"]
-        check_sizes(setting="algo.pairs_per_step", per_step=pairs, at_least=1, world_size=setup.world_size)
-        check_held_out(setting="algo.eval_pairs", count=settings["eval_pairs"])
+        check_shared("algo.pairs_per_step", settings["pairs_per_step"], setup)
 
     def make_batch(self, examples: list[Example]) -> Batch:
         run = self.run
@@ -65,6 +63,3 @@ class Preference(OnExamples):
         return self.pair_loss(
             scores.logprobs.sum(dim=1), mask.sum(dim=1), batch.values.get("ref_logprobs"), metrics, prefix=prefix
         )
-
-    def samples(self) -> list[dict]:
-        return show_samples(self.run, self.held_out())

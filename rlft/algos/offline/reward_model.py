@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlft.algos.base import Run, Setup, check_sizes
-from rlft.algos.offline.examples import OnExamples, check_held_out, whole_rows
+from rlft.algos.base import Run, Setup, check_shared
+from rlft.algos.offline.examples import OnExamples, whole_rows
 from rlft.algos.pairs import ROWS_PER_PAIR, wins
 from rlft.core.batch import Batch
 from rlft.core.errors import CheckpointError
@@ -51,10 +51,7 @@ class RewardModel(OnExamples):
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:
-        """Raise `ConfigError` for a batch without a pair, or that the ranks cannot share."""
-        pairs = settings["pairs_per_step"]
-        check_sizes(setting="algo.pairs_per_step", per_step=pairs, at_least=1, world_size=setup.world_size)
-        check_held_out(setting="algo.eval_pairs", count=settings["eval_pairs"])
+        check_shared("algo.pairs_per_step", settings["pairs_per_step"], setup)
 
     def make_batch(self, examples: list[Example]) -> Batch:
         batch = _whole_texts(examples, self.run.device, rows_per_unit=ROWS_PER_PAIR)
@@ -94,10 +91,7 @@ class Classification(OnExamples):
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:
-        """Raise `ConfigError` for a batch without a text, or that the ranks cannot share."""
-        rows = settings["rows_per_step"]
-        check_sizes(setting="algo.rows_per_step", per_step=rows, at_least=1, world_size=setup.world_size)
-        check_held_out(setting="algo.eval_rows", count=settings["eval_rows"])
+        check_shared("algo.rows_per_step", settings["rows_per_step"], setup)
 
     def make_batch(self, examples: list[Example]) -> Batch:
         batch = _whole_texts(examples, self.run.device, rows_per_unit=1)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlft.algos.base import Algorithm, Evaluation, Run, Setup, check_sizes
-from rlft.algos.offline.examples import check_held_out, check_room, completion_rows, held_out, show_samples
+from rlft.algos.base import Algorithm, Evaluation, Run, Setup, check_shared
+from rlft.algos.offline.examples import check_room, completion_rows, held_out, show_samples
 from rlft.algos.samples import NUM_SHOWN, draw
 from rlft.core.batch import Batch, Denominators, Rows
 from rlft.core.errors import ConfigError
@@ -53,9 +53,7 @@ class SFT(Algorithm):
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:
-        rows = settings["rows_per_step"]
-        check_sizes(setting="algo.rows_per_step", per_step=rows, at_least=1, world_size=setup.world_size)
-        check_held_out(setting="algo.eval_blocks", count=settings["eval_blocks"])
+        check_shared("algo.rows_per_step", settings["rows_per_step"], setup)
 
     def collect(self, batch_index: int) -> Batch:
         drawn = self.run.data.batch(batch_index, size=self.rows_per_step, seed=self.run.settings.seed)

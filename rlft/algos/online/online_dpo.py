@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.algos.base import Algorithm, Evaluation, Run, Setup, check_sizes
+from rlft.algos.base import Algorithm, Evaluation, Run, Setup, check_shared
 from rlft.algos.online.evaluation import Evaluator
 from rlft.algos.online.rollouts import Rollouts
 from rlft.algos.online.scoring import check_sampler, is_exact_kl_logged
@@ -56,9 +56,8 @@ class OnlineDPO(Algorithm):
     def check(setup: Setup, **settings: Any) -> None:
         """Raise `ConfigError` for a loss that is none on pairs or lacks its reference, and for groups of one."""
         check_pair_loss(settings["loss"], beta=settings["beta"], has_reference=setup.has_reference)
-        prompts, group_size = setup.settings.prompts_per_step, setup.settings.group_size
-        check_sizes(setting="prompts_per_step", per_step=prompts, at_least=1, world_size=setup.world_size)
-        if group_size < 2:
+        check_shared("prompts_per_step", setup.settings.prompts_per_step, setup)
+        if (group_size := setup.settings.group_size) < 2:
             raise ConfigError(f"group_size={group_size}: a pair needs at least 2 samples of a prompt")
 
     def collect(self, batch_index: int) -> Batch:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlft.algos.base import Run, Setup, check_sizes
+from rlft.algos.base import Run, Setup
 from rlft.algos.online.rollouts import Rollouts
 from rlft.core.errors import ConfigError, RewardError
 from rlft.data.kinds import Kind
@@ -46,7 +46,6 @@ class RankPairs:
             raise ConfigError(f"algo.path={path} must be a new file in a directory that exists")
         if num_pairs < 1 or group_size < 2:
             raise ConfigError(f"algo.num_pairs={num_pairs} must be at least 1, and group_size={group_size} at least 2")
-        check_sizes(setting="prompts_per_step", per_step=setup.settings.prompts_per_step, at_least=1, world_size=1)
         if setup.world_size > 1:
             raise ConfigError(f"pairs are written by one process, and there are {setup.world_size}")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlft.algos.base import Setup
+from rlft.algos.base import Setup, check_shared
 from rlft.algos.online.advantage import CompletionAdvantage, TokenAdvantage, advantage_of
 from rlft.algos.online.composition import Composition
 from rlft.algos.parts import Part, Stateful, composed, function_of
@@ -37,6 +37,7 @@ def validate(parts: Composition, setup: Setup) -> None:
     for applies, reason in (*_of_kl(parts, setup), *_of_advantage(parts, setup), *_of_updates(parts, setup)):
         if applies:
             raise ConfigError(reason)
+    check_shared("prompts_per_step", setup.settings.prompts_per_step, setup)
     _try_parts(parts, advantage_of(parts.advantage), group_size=setup.settings.group_size)
 
 
@@ -135,10 +136,6 @@ def _of_updates(parts: Composition, setup: Setup) -> Iterator[Refusal]:
         drawing.is_bent and not drawing.allow_bent_sampling,
         "top_k, top_p and min_new_tokens bend the sampled distribution, so that the policy gradient is biased; set "
         "algo.allow_bent_sampling=true if that is what you want",
-    )
-    yield (
-        settings.prompts_per_step % setup.world_size > 0,
-        f"prompts_per_step={settings.prompts_per_step} must be a multiple of the {setup.world_size} processes",
     )
     yield (
         setup.world_size > 1 and looks_at_whole_batch,
