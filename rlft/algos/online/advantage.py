@@ -62,12 +62,16 @@ def advantage_of(part: Callable[..., Any]) -> CompletionAdvantage | TokenAdvanta
     Raises `ConfigError` where it does not say which, or asks for what there is not.
     """
     function: Any = function_of(part)
+    name = getattr(function, "__name__", type(function).__name__)
     called = function if inspect.isfunction(function) else type(function).__call__
-    hint = typing.get_type_hints(called, include_extras=True).get("rewards")
+    try:
+        hint = typing.get_type_hints(called, include_extras=True).get("rewards")
+    except NameError as error:
+        raise ConfigError(f"{WHERE}: {error}, which an annotation of {name} needs at run time") from error
     for shape, kind in ((PerCompletion, CompletionAdvantage), (PerToken, TokenAdvantage)):
         if hint == shape:
             return kind(composed(part, where=WHERE, tensors=kind.TENSORS, from_run=FROM_RUN))
     raise ConfigError(
-        f"{WHERE}: {getattr(function, '__name__', type(function).__name__)} does not say what its rewards are: "
-        f"annotate its parameter rewards as rlft.functional.shapes.PerCompletion ([B]) or PerToken ([B, T])"
+        f"{WHERE}: {name} does not say what its rewards are: annotate its parameter rewards as "
+        f"rlft.functional.shapes.PerCompletion ([B]) or PerToken ([B, T])"
     )

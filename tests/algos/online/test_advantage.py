@@ -75,6 +75,14 @@ def test_one_that_does_not_say_what_its_rewards_are_is_refused_with_what_to_writ
     )
 
 
+def test_one_whose_annotations_exist_for_type_checks_only_is_refused_by_the_name_that_is_not_there():
+    def advantage(rewards: PerCompletion) -> Elsewhere:  # noqa: F821
+        return rewards
+
+    with pytest.raises(ConfigError, match=r"^algo/advantage: name 'Elsewhere' is not defined, which an annotation of"):
+        advantage_of(advantage)
+
+
 def test_one_of_completions_may_not_ask_for_what_only_tokens_have():
     def with_values(rewards: PerCompletion, values: PerToken) -> Tensor:
         return rewards
