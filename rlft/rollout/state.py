@@ -56,7 +56,7 @@ class RolloutState:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A rows of a rollout whose prompts have been forwarded and that have drawn no token yet."""
+    """Rows of a rollout, A of them, whose prompts have been forwarded and that have drawn no token yet."""
 
     rows: Tensor  # [A] int64, their numbers in the rollout
     hidden: Tensor  # [A, C], predicts each row's first token
