@@ -75,7 +75,7 @@ def matrices_of(policy: nn.Module, *, num_layers: int) -> list[list[Tensor]]:
 
 
 def weights_of(policy: nn.Module, matrices: list[list[Tensor]]) -> Weights:
-    """Return a policy's weights; `matrices` must be kept as long, as the result holds only their addresses."""
+    """Return a policy's weights; `matrices` must be kept as long, since the result has only their addresses."""
     of_layers, head = matrices[:-1], matrices[-1][0]
 
     def one(name: str) -> np.ndarray:

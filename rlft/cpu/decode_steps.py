@@ -50,7 +50,7 @@ def decode(w, s, epsilon, temperature, end, thread, team):
             _meet(s.sync, team)
             linear(s.y, w.matrices[layer, 0], w.c_attn[layer], s.inner, n, thread, team, False)
             _meet(s.sync, team)
-            # A head after the other, and in each all rows: a prompt's rows are adjacent, so its keys stay in cache.
+            # Head by head, and within a head all rows: a prompt's rows are adjacent, so its keys stay in a near cache.
             for item in range(num_heads * n * thread // team, num_heads * n * (thread + 1) // team):
                 attend(w, s, layer, item // n, item % n, t, thread)
             _meet(s.sync, team)

@@ -43,7 +43,7 @@ class WaitingQueue:
 
 
 class RunningBatch:
-    """A rows that decode together, one token a step."""
+    """Rows that decode together, A of them, one token a step."""
 
     def __init__(self, policy: CausalLM, new: Prefilled, *, max_new: int) -> None:
         self.policy, self.head = policy, policy.head_weight.to(new.hidden.dtype).t()

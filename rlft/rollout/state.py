@@ -56,7 +56,7 @@ class RolloutState:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A rows of a rollout whose prompts have been forwarded and that have drawn no token yet."""
+    """Rows of a rollout, A of them, whose prompts have been forwarded and that have drawn no token yet."""
 
     rows: Tensor  # [A] int64, their numbers in the rollout
     hidden: Tensor  # [A, C], predicts each row's first token
@@ -66,11 +66,11 @@ class Prefilled:
 
     @classmethod
     def of(cls, policy: CausalLM, ids: Tensor, lengths: Tensor, units: list[range], *, group_size: int) -> Prefilled:
-        """Forward the prompt of each unit, which is some rows of one group; `ids` and `lengths` are of all prompts."""
+        """Forward the prompt of each unit: consecutive rows of one group. `ids` and `lengths` are all prompts'."""
         device = lengths.device
         prompts = torch.tensor([unit[0] // group_size for unit in units], device=device)
         sizes = torch.tensor([len(unit) for unit in units], device=device)
-        rows = torch.tensor([row for unit in units for row in unit], device=device)
+        rows = torch.arange(units[0].start, units[-1].stop, device=device)
         prompt_of_row, lengths = torch.arange(len(units), device=device).repeat_interleave(sizes), lengths[prompts]
         hidden, prefix = prefill(policy, ids[prompts, : int(lengths.max())], lengths)
         return cls(rows, hidden[prompt_of_row], lengths[prompt_of_row], prefix, prompt_of_row)

@@ -158,11 +158,14 @@ def test_large_scores_do_not_overflow() -> None:
 @pytest.mark.parametrize(
     ("qkv", "num_heads", "expected"),
     [
-        (torch.zeros(1, 4, 96), 2, True), (torch.zeros(1, 4, 96), 4, False), (torch.zeros(1, 4, 120), 2, False),
-        (torch.zeros(1, 4, 96).double(), 2, False), (torch.zeros(1, 4, 96).bfloat16(), 2, False),
+        (torch.zeros(1, 4, 96), 2, True),
+        (torch.zeros(1, 4, 96), 4, False),
+        (torch.zeros(1, 4, 120), 2, False),
+        (torch.zeros(1, 4, 96).double(), 2, False),
+        (torch.zeros(1, 4, 96).bfloat16(), 2, False),
     ],
     ids=["it fits", "narrow heads", "no whole vectors", "float64", "bfloat16"],
-)  # fmt: skip
+)
 def test_what_it_takes(qkv: Tensor, num_heads: int, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fits(qkv, num_heads) == expected
     monkeypatch.setattr(compiled, "is_possible", lambda: False)

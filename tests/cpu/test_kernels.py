@@ -13,8 +13,11 @@ SOURCE = Path(rlft.__file__).parent / "cpu" / "kernels.py"
 def test_no_pointer_says_to_what_it_points() -> None:
     """llvmlite gives up pointers with a type: then only the reader of a pointer can say what is read."""
     tree = ast.parse(SOURCE.read_text())
-    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and
-                node.attr in ("as_pointer", "pointee", "bitcast")]  # fmt: skip
+    assert not [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("as_pointer", "pointee", "bitcast")
+    ]
     needed = {"load": "typ", "load_atomic": "typ", "gep": "source_etype"}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     found = [call for call in calls if call.func.attr in needed]

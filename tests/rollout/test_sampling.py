@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlft.core.errors import ConfigError
 from rlft.rollout import sampling
-from rlft.rollout.sampling import Sampling, filtered, sample, uniforms
+from rlft.rollout.sampling import Identity, Sampling, choose, filtered, sample, uniforms
 
 # A right sampler's p-value is uniform on (0, 1): with fresh seeds a test with this bound would fail once in a thousand
 # times. The seeds are fixed, so a test that passes goes on passing. What a million draws can see is shown beside the
@@ -221,6 +221,45 @@ def test_filters_work_row_by_row_and_leave_their_input_alone() -> None:
     result = filtered(logits, top_k=2, top_p=0.7)
     assert (result > -torch.inf).tolist() == [[False, True, True], [True, True, False]]
     assert torch.equal(logits, before)
+
+
+def chosen(sampling: Sampling, uniform: float | None, *, done: int = 9) -> tuple[int, float]:
+    """Draw from probabilities 0.5 (the end token), 0.3 and 0.2; return the token and its probability."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+    draw = None if uniform is None else torch.tensor([uniform], dtype=torch.float64)
+    ids, logprobs = choose(logits, draw, sampling=sampling, eos_id=0, done=torch.tensor([done]))
+    return int(ids), float(logprobs.exp())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "uniform", "expected"),
+    [
+        (Sampling(9), 0.51, (1, 0.3)),
+        (Sampling(9, temperature=0.5), 0.67, (1, 0.09 / 0.38)),  # 0.25, 0.09, 0.04 of 0.38
+        (Sampling(9, temperature=0.5, top_p=0.6), 0.99, (0, 1.0)),  # the nucleus is that of the tempered distribution
+        (Sampling(9, top_p=0.6), 0.99, (1, 0.375)),
+        (Sampling(9, top_k=2), 0.62, (0, 0.625)),
+        (Sampling(9, greedy=True), None, (0, 0.5)),
+        (Sampling(9, temperature=2.0, greedy=True), None, (0, 0.5**0.5 / (0.5**0.5 + 0.3**0.5 + 0.2**0.5))),
+        (Sampling(9, min_new_tokens=9), 0.0, (0, 0.5)),
+    ],
+    ids=str,
+)
+def test_hand_computed_choices(sampling: Sampling, uniform: float | None, expected: tuple[int, float]) -> None:
+    token, probability = chosen(sampling, uniform)
+    assert (token, probability) == (expected[0], pytest.approx(expected[1], rel=1e-12))
+
+
+def test_no_end_token_before_min_new_tokens_and_filters_count_without_it() -> None:
+    assert chosen(Sampling(9, min_new_tokens=5), 0.0, done=4) == (1, pytest.approx(0.6))
+    assert chosen(Sampling(9, min_new_tokens=5, top_k=1), 0.99, done=4) == (1, 1.0)
+    assert chosen(Sampling(9, min_new_tokens=5, greedy=True), None, done=4) == (1, pytest.approx(0.6))
+
+
+def test_an_identitys_uniforms_are_a_tensor_of_the_same_numbers() -> None:
+    made = Identity(4, "rollout", 2, [7, 3], [0, 5]).uniforms(9, device=torch.device("cpu"))
+    expected = uniforms(seed=4, stream="rollout", step=2, prompts=[7, 3], members=[0, 5], num_tokens=9)
+    np.testing.assert_array_equal(made.numpy(), expected)
 
 
 @pytest.mark.parametrize(

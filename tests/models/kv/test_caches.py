@@ -35,8 +35,10 @@ def decode(lengths: Tensor = LENGTHS) -> DecodeCache:
 
 def feed(cache: DecodeCache, step: int, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Extend every layer by one token of the given rows, the same token whatever else is in the cache."""
-    new = [(numbers(100 * step + layer, 4, 3, 1, 4)[rows], numbers(100 * step + 50 + layer, 4, 3, 1, 4)[rows])
-           for layer in range(SHAPE.num_layers)]  # fmt: skip
+    new = [
+        (numbers(100 * step + layer, 4, 3, 1, 4)[rows], numbers(100 * step + 50 + layer, 4, 3, 1, 4)[rows])
+        for layer in range(SHAPE.num_layers)
+    ]
     return [cache.extend(layer, *pair) for layer, pair in enumerate(new)]
 
 
