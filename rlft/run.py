@@ -26,7 +26,7 @@ from rlft.core.errors import ConfigError, RunDirectoryError
 from rlft.saved_config import foreign_code, from_run, read_config
 from rlft.tracking.progress import Progress
 from rlft.trainer.checkpoint import Checkpoints
-from rlft.trainer.state import TrainState
+from rlft.trainer.train_state import TrainState
 from rlft.trainer.trainer import Trainer
 
 EXIT_DONE, EXIT_STOPPED = 0, 75

@@ -24,7 +24,7 @@ from rlft.models.gpt2 import GPT2
 from rlft.rewards.compose import RewardSum
 from rlft.text.characters import characters
 from rlft.trainer.trainer import Trainer
-from rlft.verify.tasks import ExactRewards
+from rlft.verify.enumerable import ExactRewards
 
 CONF = build.CONF
 ALPHABET = "abcdefghijk"  # ids 0 .. 10; 11 ends a text

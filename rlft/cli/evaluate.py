@@ -56,8 +56,8 @@ def run(arguments: list[str]) -> int:
     names = [word for word in args.policies if word not in overrides]
     if not names:
         raise ConfigError("no policy is given: rlft eval RUN, or a model's directory; rlft eval --help has examples")
+    from rlft.cli.overrides import changed
     from rlft.cli.policies import named_policy
-    from rlft.cli.settings import changed
 
     policies = [named_policy(name, trusted=tuple(args.trusted_modules)) for name in dict.fromkeys(names)]
     first_run = next((policy.run for policy in policies if policy.run is not None), None)

@@ -16,7 +16,7 @@ from rlft.config import RootConfig
 from rlft.core.errors import ConfigError
 from rlft.core.manifest import verify
 from rlft.models.base import CausalLM
-from rlft.models.files import checkpoint_config, local_directory
+from rlft.models.weight_files import checkpoint_config, local_directory
 from rlft.saved_config import from_run, read_config
 from rlft.text.tokenizer import Tokenizer
 from rlft.trainer.checkpoint import Checkpoints

@@ -32,22 +32,22 @@ def _verify(out: Path, only: list[str]) -> int:
     from rich.console import Console
 
     try:
-        from rlft.verify import report
+        from rlft.verify import page
     except ImportError as error:
         raise ConfigError(f"{error}: pip install 'rlft[plots]'") from error
-    from rlft.verify.run import verify
+    from rlft.verify.runner import verify
 
     torch.set_num_threads(1)  # tables are tiny: threads would wait for each other
     console, started = Console(width=None if sys.stdout.isatty() else WIDTH), time.perf_counter()
     with console.status("verifying") as status:
         findings = verify(only, started=lambda name: status.update(f"verifying {name}"))
     seconds = time.perf_counter() - started
-    console.print(report.table(findings.rows))
-    report.write_json(findings.rows, findings.trained, out / "verify.json", seconds=seconds)
-    report.write_markdown(findings.rows, out / "verify.md", seconds=seconds)
+    console.print(page.table(findings.rows))
+    page.write_json(findings.rows, findings.trained, out / "verify.json", seconds=seconds)
+    page.write_markdown(findings.rows, out / "verify.md", seconds=seconds)
     written = f"{out / 'verify.md'}, {out / 'verify.json'}"
     if findings.trained:
-        report.draw(findings.trained, out / "frontier.png")
+        page.draw(findings.trained, out / "frontier.png")
         written += f", {out / 'frontier.png'}"
     wrong = [row for row in findings.rows if not row.is_right]
     console.print(f"{len(findings.rows) - len(wrong)} of {len(findings.rows)} rows pass, {seconds:.0f} s; {written}")

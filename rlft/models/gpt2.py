@@ -25,8 +25,8 @@ from rlft.core.rng import generator
 from rlft.cpu import attention
 from rlft.cpu.gelu import gelu
 from rlft.models.base import CausalLM
-from rlft.models.files import CONFIG_KEY, read_weights
 from rlft.models.kv.base import AttentionCache, CacheShape
+from rlft.models.weight_files import CONFIG_KEY, read_weights
 
 # Published Conv1D weights are [in, out]; nn.Linear holds [out, in].
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

@@ -23,10 +23,10 @@ from transformers.utils import logging
 from rlft.core.batch import Rows
 from rlft.core.errors import CheckpointError, ConfigError, RlftError
 from rlft.models.base import CausalLM
-from rlft.models.files import checkpoint_config, local_directory
 from rlft.models.kv.base import Cache, CacheShape
 from rlft.models.kv.copied import DecodeCache
 from rlft.models.rows import predictors, prefill
+from rlft.models.weight_files import checkpoint_config, local_directory
 
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "architectures")  # do not decide the architecture
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}

@@ -16,8 +16,8 @@ from rlft.core.errors import CheckpointError, ConfigError, RewardError, check_ch
 from rlft.core.manifest import verify
 from rlft.core.ranges import Size
 from rlft.models.base import CausalLM
-from rlft.models.files import checkpoint_config
 from rlft.models.gpt2 import GPT2
+from rlft.models.weight_files import checkpoint_config
 from rlft.text.huggingface import huggingface
 
 OUTPUTS = ("probability", "signed", "logit")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlft.core import manifest
 from rlft.core.errors import CheckpointError
 from rlft.models.base import CausalLM
-from rlft.models.files import CONFIG_KEY
+from rlft.models.weight_files import CONFIG_KEY
 
 _PREFIX = "step_"
 

@@ -28,7 +28,7 @@ from rlft.tracking.progress import Progress
 from rlft.tracking.trackers import Tracker
 from rlft.trainer.checkpoint import Checkpoints
 from rlft.trainer.schedule import learning_rate
-from rlft.trainer.state import TrainState
+from rlft.trainer.train_state import TrainState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # takes a while to import

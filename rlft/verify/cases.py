@@ -10,8 +10,8 @@ from rlft import build
 from rlft.algos.base import Run
 from rlft.algos.online.policy_gradient import PolicyGradient
 from rlft.models.base import CausalLM
+from rlft.verify.enumerable import Completion, Task, dense, endings, match
 from rlft.verify.formulas import Formula
-from rlft.verify.tasks import Completion, Task, dense, endings, match
 
 KL = "algo.kl.coef=0.5"  # large enough to be seen beside a reward of about 1
 _node = functools.cache(build.algorithm_node)

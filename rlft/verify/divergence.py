@@ -18,12 +18,12 @@ from rlft.core.metrics import Metrics
 from rlft.functional import kl as estimators
 from rlft.verify import exact
 from rlft.verify.cases import KL, Case
+from rlft.verify.enumerable import Task, endings, random_table
 from rlft.verify.formulas import Formula
 from rlft.verify.groups import SAME, TEMPERATURE, Enumeration
 from rlft.verify.listed import loss_of
 from rlft.verify.policy import TabularPolicy
-from rlft.verify.rows import Row
-from rlft.verify.tasks import Task, endings, random_table
+from rlft.verify.verdict import Row
 
 COEF = 0.5  # as `KL` sets it
 IN_LOSS, IN_REWARD = ("k2", "k3", "exact"), "in_reward"

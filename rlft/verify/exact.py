@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlft.models.base import CausalLM
-from rlft.verify.tasks import Task
+from rlft.verify.enumerable import Task
 
 
 def logprobs(policy: CausalLM, task: Task, *, temperature: float = 1.0) -> Tensor:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlft.verify import exact, weights
+from rlft.verify import exact, token_weights
+from rlft.verify.enumerable import Task
 from rlft.verify.formulas import Formula
 from rlft.verify.policy import TabularPolicy
-from rlft.verify.tasks import Task
 
 STEPS, RATE = 300, 0.1
 
@@ -69,7 +69,9 @@ class Weights:
         groups = [[[v, *(values[i] for i in other)] for other in self.others] for v in values]
         kind = formula.advantage
         if kind != "beta":
-            made = [[_first(weights.OF_A_GROUP[kind](g, settings["advantage"]), g) for g in row] for row in groups]
+            made = [
+                [_first(token_weights.OF_A_GROUP[kind](g, settings["advantage"]), g) for g in row] for row in groups
+            ]
             self.fixed = torch.tensor(made, dtype=torch.float64)  # [values, multisets]
 
     def expected(self, chances: Tensor) -> Tensor:

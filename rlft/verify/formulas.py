@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rlft.verify import weights
+from rlft.verify import token_weights
 
 Array = np.ndarray
 
@@ -114,16 +114,16 @@ class ByHand:
             rewards.append([r - coef * float(logp[c, a] - logq[c, a]) for c, a, r in steps])
         targets: list[list[float]] = [[] for _ in rewards]
         if f.advantage in ("return", "baseline"):
-            made = [weights.discounted(row, s["advantage"]["gamma"]) for row in rewards]
+            made = [token_weights.discounted(row, s["advantage"]["gamma"]) for row in rewards]
             made = [[value - self.baseline for value in row] for row in made] if f.advantage == "baseline" else made
         elif f.advantage == "gae":
             rows = [sample for group in groups for sample in group]
             values = [[critic.value(c) for c in sample.contexts] for sample in rows]
             gamma, lam = s["advantage"]["gamma"], s["advantage"]["lam"]
-            made = [weights.gae(row, v, gamma, lam) for row, v in zip(rewards, values, strict=True)]
+            made = [token_weights.gae(row, v, gamma, lam) for row, v in zip(rewards, values, strict=True)]
             targets = [[a + v for a, v in zip(x, y, strict=True)] for x, y in zip(made, values, strict=True)]
         elif f.advantage == "group_return":
-            made = weights.group_returns(rewards, len(groups[0]), s["advantage"]["gamma"])
+            made = token_weights.group_returns(rewards, len(groups[0]), s["advantage"]["gamma"])
         elif f.advantage == "none":
             made = [[0.0] * len(row) for row in rewards]
         else:
@@ -131,9 +131,9 @@ class ByHand:
             scores = [sum(row) for row in rewards]
             greedy = [group[0].greedy_reward for group in groups]
             grouped = [scores[i : i + size] for i in range(0, len(scores), size)]
-            flat = weights.of_groups(f.advantage, grouped, greedy, s["advantage"])
+            flat = token_weights.of_groups(f.advantage, grouped, greedy, s["advantage"])
             made = [[a] * len(row) for a, row in zip(flat, rewards, strict=True)]
-        return (weights.whitened(made) if f.is_whitened else made), targets
+        return (token_weights.whitened(made) if f.is_whitened else made), targets
 
     def gradient(self, groups: list[list[Sample]], first: Tables, now: Tables) -> tuple[Tables, float]:
         """Return the gradient of the loss at `now`, for a batch that `first` sampled, and the share of clipped tokens.
@@ -187,7 +187,7 @@ class ByHand:
             return [-a for a in advantages], 0
         if self.formula.surrogate == "sequence":  # each token's loss holds the ratio of all, to the power 1 / length
             ratio = math.exp(sum(log_ratios) / len(log_ratios))
-            is_cut = weights.is_clipped(ratio, advantages[0], s["clip_low"], s["clip_high"])
+            is_cut = token_weights.is_clipped(ratio, advantages[0], s["clip_low"], s["clip_high"])
             return [0.0 if is_cut else -ratio * a for a in advantages], len(advantages) * is_cut
         slopes, cut = [], 0
         for log_ratio, a in zip(log_ratios, advantages, strict=True):
@@ -199,7 +199,7 @@ class ByHand:
                 gate = 1.0 / (1.0 + math.exp(-(s["tau_pos"] if a > 0 else s["tau_neg"]) * (ratio - 1.0)))
                 slopes.append(-4.0 * gate * (1.0 - gate) * ratio * a)
             else:
-                is_cut = weights.is_clipped(ratio, a, s["clip_low"], s["clip_high"], s["dual_clip"])
+                is_cut = token_weights.is_clipped(ratio, a, s["clip_low"], s["clip_high"], s["dual_clip"])
                 cut += is_cut
                 slopes.append(0.0 if is_cut else -ratio * a)
         return slopes, cut

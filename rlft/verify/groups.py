@@ -20,10 +20,10 @@ from rlft.core.batch import Batch
 from rlft.models.heads import Critic, Head, ValueHead
 from rlft.verify import exact
 from rlft.verify.cases import Case, composed, settings_of
+from rlft.verify.enumerable import Completion, Task
 from rlft.verify.formulas import Array, ByHand, Sample, Tables, log_softmax
 from rlft.verify.listed import Group, Listed, loss_of, rollout_of, sample_of
-from rlft.verify.rows import Row
-from rlft.verify.tasks import Completion, Task
+from rlft.verify.verdict import Row
 
 TEMPERATURE, BASELINE = 0.8, 0.375
 SAME = 1e-10  # relative, float64

@@ -29,8 +29,8 @@ from rlft.verify.cases import CASES, Case, composed
 from rlft.verify.groups import SAME, TEMPERATURE
 from rlft.verify.listed import Listed
 from rlft.verify.neural import tiny_gpt
-from rlft.verify.rows import Row
 from rlft.verify.training import trainer_of
+from rlft.verify.verdict import Row
 
 PROMPTS = ((0,), (1, 0), (2, 1, 0))
 GROUP_SIZE, GARBAGE = 4, 3  # GARBAGE: columns of padding

@@ -15,8 +15,8 @@ from rlft.core.metrics import Metrics
 from rlft.data.prompts import Prompt
 from rlft.models.scorer import Scorer
 from rlft.rollout.engine import Rollout
+from rlft.verify.enumerable import Completion, Task
 from rlft.verify.formulas import Array, Sample
-from rlft.verify.tasks import Completion, Task
 
 Group = tuple[Completion, ...]
 CPU = torch.device("cpu")

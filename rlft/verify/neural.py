@@ -14,10 +14,10 @@ from torch import Tensor
 from rlft.models.gpt2 import GPT2
 from rlft.verify import exact
 from rlft.verify.cases import Case, composed
+from rlft.verify.enumerable import Task, random_table
 from rlft.verify.groups import SAME, TEMPERATURE, batches
 from rlft.verify.listed import Listed, loss_of, rollout_of, sample_of
-from rlft.verify.rows import Row
-from rlft.verify.tasks import Task, random_table
+from rlft.verify.verdict import Row
 
 GROUP_SIZE = 2
 

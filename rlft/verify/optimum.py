@@ -9,13 +9,13 @@ import torch
 
 from rlft.models.base import CausalLM
 from rlft.verify import exact
+from rlft.verify.enumerable import Task, endings, match, parity, random_table, token_count, two_prompts
 from rlft.verify.formulas import log_softmax
 from rlft.verify.groups import SAME, TEMPERATURE
 from rlft.verify.listed import sample_of
 from rlft.verify.neural import tiny_gpt
 from rlft.verify.policy import TabularPolicy
-from rlft.verify.rows import Row
-from rlft.verify.tasks import Task, endings, match, parity, random_table, token_count, two_prompts
+from rlft.verify.verdict import Row
 
 # V = 3, T = 4, a uniform reference, r = the count of token 0: beta, E[r], KL, J* (computed apart from this package)
 PUBLISHED = (

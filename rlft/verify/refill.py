@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from rlft.verify.cases import Case, composed
+from rlft.verify.enumerable import match
 from rlft.verify.groups import SAME, TEMPERATURE, Enumeration, batches
 from rlft.verify.listed import Listed, loss_of, rollout_of, sample_of
-from rlft.verify.rows import Row
-from rlft.verify.tasks import match
+from rlft.verify.verdict import Row
 
 DRAWS, GROUP_SIZE = 2, 2
 

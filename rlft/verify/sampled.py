@@ -18,10 +18,10 @@ from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling
 from rlft.verify import exact
 from rlft.verify.cases import Case, composed
+from rlft.verify.enumerable import Task, endings
 from rlft.verify.groups import SAME, TEMPERATURE
 from rlft.verify.listed import loss_of
-from rlft.verify.rows import Row
-from rlft.verify.tasks import Task, endings
+from rlft.verify.verdict import Row
 
 PROMPTS = ((0,), (1, 2))
 ERRORS, SMALLEST_P = 5.0, 1e-6

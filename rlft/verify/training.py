@@ -26,9 +26,9 @@ from rlft.tracking.trackers import NullTracker
 from rlft.trainer.trainer import Trainer
 from rlft.verify import exact, fixed_points
 from rlft.verify.cases import CASES, Case, composed, settings_of
+from rlft.verify.enumerable import Task, parity, token_count, two_prompts
 from rlft.verify.policy import TabularPolicy
-from rlft.verify.rows import Row
-from rlft.verify.tasks import Task, parity, token_count, two_prompts
+from rlft.verify.verdict import Row
 
 PROMPTS, GROUP_SIZE, STEPS, RATE = 32, 4, 120, 0.05
 TWO_EPOCHS = ("cispo", "sapo")  # at the first update of a batch they are GRPO

@@ -13,8 +13,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from rlft import cli
+from rlft.cli.overrides import changed
 from rlft.cli.policies import named_policy
-from rlft.cli.settings import changed
 from rlft.core.errors import ConfigError
 
 SETTINGS = [

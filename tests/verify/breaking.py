@@ -9,8 +9,8 @@ from typing import Any
 
 from rlft.verify import groups, invariance, sampled
 from rlft.verify.cases import CASES
-from rlft.verify.rows import Row
-from rlft.verify.run import guarded
+from rlft.verify.runner import guarded
+from rlft.verify.verdict import Row
 
 FIRST, SECOND, EXPECTED = "gradient of each", "at a second update", "E[gradient] over all batches"
 CUT, PADDED, ORDERED = "micro-batches of", "more padding", "another order"

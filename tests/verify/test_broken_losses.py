@@ -10,7 +10,7 @@ import rlft.algos.online.policy_gradient
 import rlft.core.batch
 from rlft.functional import advantages, aggregation, surrogates, weights
 from rlft.verify import invariance
-from rlft.verify.run import guarded
+from rlft.verify.runner import guarded
 from tests.verify.breaking import CUT, EXPECTED, FIRST, ORDERED, PADDED, SECOND, break_, check, gradients, unchanged
 
 

@@ -18,7 +18,7 @@ import rlft.rollout.sampling
 from rlft.functional import advantages
 from rlft.functional import kl as divergences
 from rlft.verify import divergence, exact, optimum, refill, sampled, training
-from rlft.verify.run import guarded
+from rlft.verify.runner import guarded
 from tests.verify.breaking import EXPECTED, FIRST, SECOND, break_, case_of, check, drawn, gradients, unchanged
 
 # KL.

@@ -10,9 +10,9 @@ import torch
 
 from rlft import build
 from rlft.verify import exact, fixed_points
+from rlft.verify.enumerable import endings, parity, token_count
 from rlft.verify.formulas import Formula
-from rlft.verify.tasks import endings, parity, token_count
-from rlft.verify.weights import OF_A_GROUP, of_groups
+from rlft.verify.token_weights import OF_A_GROUP, of_groups
 
 HALF = torch.tensor([[0.5, 0.5]], dtype=torch.float64).log()
 REWARDS = torch.tensor([[1.0, 0.0]], dtype=torch.float64)

@@ -14,8 +14,8 @@ from rlft.models.scorer import Scorer
 from rlft.rollout.engine import generate
 from rlft.rollout.sampling import Sampling
 from rlft.verify import exact
+from rlft.verify.enumerable import endings, match, parity, token_count, two_prompts
 from rlft.verify.policy import TabularPolicy
-from rlft.verify.tasks import endings, match, parity, token_count, two_prompts
 
 TASK = endings(((0,), (1, 2)), 4, 3)
 

@@ -12,9 +12,9 @@ from rlft import cli as command
 from rlft.core.errors import ConfigError
 from rlft.verify import groups, invariance, neural, sampled, training
 from rlft.verify.cases import CASES
-from rlft.verify.report import expected
-from rlft.verify.rows import Row
-from rlft.verify.run import NEURAL, PARTS, guarded, names, verify
+from rlft.verify.page import expected
+from rlft.verify.runner import NEURAL, PARTS, guarded, names, verify
+from rlft.verify.verdict import Row
 
 UNBIASED = [case for case in CASES if case.scale is not None]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlft.algos.base import Evaluation, Run, Setup, check_shared
-from rlft.algos.offline.examples import OnExamples, completion_rows
+from rlft.algos.offline.on_examples import OnExamples, completion_rows
 from rlft.core.batch import Batch
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.metrics import Metrics

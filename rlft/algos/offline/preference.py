@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from rlft.algos.base import Run, Setup, check_shared
-from rlft.algos.offline.examples import OnExamples, completion_rows
+from rlft.algos.offline.on_examples import OnExamples, completion_rows
 from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
 from rlft.core.batch import Batch
 from rlft.core.metrics import Metrics

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlft.algos.base import Run, Setup, check_shared
-from rlft.algos.offline.examples import OnExamples, whole_rows
+from rlft.algos.offline.on_examples import OnExamples, whole_rows
 from rlft.algos.pairs import ROWS_PER_PAIR, wins
 from rlft.core.batch import Batch
 from rlft.core.errors import CheckpointError

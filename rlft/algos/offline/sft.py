@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from rlft.algos.base import Algorithm, Evaluation, Run, Setup, check_shared
-from rlft.algos.offline.examples import check_room, completion_rows, held_out, show_samples
+from rlft.algos.offline.on_examples import check_room, completion_rows, held_out, show_samples
 from rlft.algos.samples import NUM_SHOWN, draw
 from rlft.core.batch import Batch, Denominators, Rows
 from rlft.core.errors import ConfigError

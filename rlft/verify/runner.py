@@ -11,8 +11,8 @@ from rlft.build import algorithm_node
 from rlft.core.errors import ConfigError, nearest
 from rlft.verify import divergence, groups, invariance, neural, optimum, refill, sampled, training
 from rlft.verify.cases import CASES, Case
-from rlft.verify.rows import Row
 from rlft.verify.training import Trained
+from rlft.verify.verdict import Row
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "optimum": optimum.rows,

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlft.verify import exact, training
-from rlft.verify.rows import Row
 from rlft.verify.training import Trained
+from rlft.verify.verdict import Row
 
 MARKERS = "os^vD<>pPX*hd8"
 
