@@ -67,7 +67,7 @@ def build(config: RootConfig) -> Job:
     clock = Clock(accelerator.device)
     policy = _policy(config.model, tokenizer).to(accelerator.device)
     reference = None
-    if kind.uses_reference:
+    if kind.uses_reference(**make_algorithm.keywords):
         reference = _reference(config.reference, policy=policy, data=data, tokenizer=tokenizer)
     run = Run(
         settings=config,
@@ -98,7 +98,8 @@ def root_settings(**changes: Any) -> RootSettings:
     """Return the root settings that conf/train.yaml holds, with changes; for a run that is put together in Python."""
     values = yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))
     defaults: dict[str, Any] = {name: values[name] for name in field_names()}
-    return RootSettings(**(defaults | {"name": "run", "seed": 0, "betas": tuple(defaults["betas"])} | changes))
+    tuples = {name: tuple(defaults[name]) for name in ("betas", "trusted_modules")}
+    return RootSettings(**(defaults | tuples | {"name": "run"} | changes))
 
 
 def algorithm_node(name: str, overrides: Sequence[str] = (), **sizes: Any) -> dict[str, Any]:

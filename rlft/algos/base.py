@@ -78,13 +78,17 @@ class Algorithm(ABC):
 
     reads: ClassVar[tuple[Kind, ...]]  # the kinds of data sets that it can be given
     uses_rewards: ClassVar[bool] = False  # whether `Run.rewards` are made for it
-    uses_reference: ClassVar[bool] = False  # whether `Run.reference` is
     objective: ClassVar[tuple[str, str]]  # the evaluation metric that says which checkpoint is best, and "max" or "min"
     updates_per_batch: int = 1  # optimizer steps taken on one batch
     head: Head | None = None  # what is trained beside the policy: a value function, a reward head
 
     def __init__(self, run: Run) -> None:
         self.run = run
+
+    @staticmethod
+    def uses_reference(**settings: Any) -> bool:
+        """Whether `Run.reference` is made for an algorithm with these settings: it may be a copy of the policy."""
+        return False
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:

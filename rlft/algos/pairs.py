@@ -17,6 +17,11 @@ ROWS_PER_PAIR = 2
 TENSORS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_lengths", "rejected_lengths")
 
 
+def uses_reference(function: Callable[..., Any]) -> bool:
+    """Whether a loss on pairs compares the policy with a reference."""
+    return "ref_chosen" in _part(function).names
+
+
 class PairLoss:
     """A function of `rlft.functional.preference` on pairs, called with those of `TENSORS` that it names, and `beta`.
 
@@ -25,8 +30,7 @@ class PairLoss:
     """
 
     def __init__(self, function: Callable[..., Tensor], *, beta: float) -> None:
-        self.part, self.beta = _part(function), beta
-        self.needs_reference = "ref_chosen" in self.part.names
+        self.part, self.beta, self.needs_reference = _part(function), beta, uses_reference(function)
 
     def __call__(
         self,

@@ -52,9 +52,9 @@ def composed(part: Callable[..., Any], *, where: str, tensors: Collection[str], 
     Raises `ConfigError`, which begins with `where`, for a parameter that asks for anything else.
     """
     # Hydra's own function looks up what it may call at each call, which takes a millisecond: it is taken off here.
-    given = part.keywords if isinstance(part, functools.partial) else {}
+    args, given = (part.args, part.keywords) if isinstance(part, functools.partial) else ((), {})
     name = getattr(function_of(part), "__name__", type(part).__name__)
-    parameters = inspect.signature(function_of(part)).parameters.values()
+    parameters = inspect.signature(functools.partial(function_of(part), *args)).parameters.values()
     positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     for p in positional:
         if p.name not in tensors and p.name not in given:
@@ -67,7 +67,7 @@ def composed(part: Callable[..., Any], *, where: str, tensors: Collection[str], 
         if is_open and p.name not in from_run and p.name not in given:
             raise ConfigError(f"{where}.{p.name} is not set, and {name} has no default for it")
     names = {p.name for p in parameters if p.name in (*tensors, *from_run)} - given.keys()
-    return Part(functools.partial(function_of(part), **given), frozenset(names))
+    return Part(functools.partial(function_of(part), *args, **given), frozenset(names))
 
 
 def function_of(part: Callable[..., Any]) -> Callable[..., Any]:

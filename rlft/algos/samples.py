@@ -81,6 +81,7 @@ class Samples:
             rollout=select_prompts(self.rollout, prompts, group_size=self.group_size),
             texts=[self.texts[row] for row in rows],
             scored=RewardOutput(self.total[rows], components, tokens and [tokens[row] for row in rows]),
+            greedy_rewards=None if self.greedy_rewards is None else self.greedy_rewards[rows],
         )
 
     def rows(self, count: int | None = None) -> list[dict]:

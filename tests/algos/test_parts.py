@@ -116,3 +116,11 @@ def test_the_function_under_fixed_settings() -> None:
     assert function_of(functools.partial(weighted, factor=1.0)) is weighted
     assert function_of(weighted) is weighted
     assert function_of(scaled) is scaled
+
+
+def test_a_part_whose_first_argument_is_fixed_by_position_is_called_with_it():
+    def scaled(scale: float, x: float) -> float:
+        return scale * x
+
+    part = composed(functools.partial(scaled, 3.0), where="algo/part", tensors=("scale", "x"))
+    assert part(scale=5.0, x=2.0) == 6.0

@@ -41,7 +41,7 @@ class KTO(OnExamples):
     """
 
     reads = (Kind.UNPAIRED,)
-    uses_reference = has_samples = True
+    has_samples = True
 
     def __init__(
         self,
@@ -62,6 +62,10 @@ class KTO(OnExamples):
                     f"completion for z0, and needs at least 2: give more rows"
                 )
         self.beta, self.weights = beta, {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+
+    @staticmethod
+    def uses_reference(**settings: Any) -> bool:
+        return True
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlft.algos.base import Run, Setup, check_shared
 from rlft.algos.offline.on_examples import OnExamples, completion_rows
-from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
+from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss, uses_reference
 from rlft.core.batch import Batch
 from rlft.core.metrics import Metrics
 from rlft.core.ranges import Size
@@ -34,13 +34,17 @@ class Preference(OnExamples):
     """
 
     reads = (Kind.PREFERENCES,)
-    uses_reference = has_samples = True
+    has_samples = True
 
     def __init__(
         self, run: Run, *, loss: Callable[..., Tensor], beta: float, pairs_per_step: Size, eval_pairs: Size | None
     ) -> None:
         super().__init__(run, per_step=pairs_per_step, num_held_out=eval_pairs)
         self.pair_loss = PairLoss(loss, beta=beta)
+
+    @staticmethod
+    def uses_reference(**settings: Any) -> bool:
+        return uses_reference(settings["loss"])
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:

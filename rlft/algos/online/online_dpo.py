@@ -22,7 +22,7 @@ from rlft.algos.base import Algorithm, Evaluation, Run, Setup, check_shared
 from rlft.algos.online.evaluation import Evaluator
 from rlft.algos.online.rollouts import Rollouts
 from rlft.algos.online.scoring import check_sampler, is_exact_kl_logged
-from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
+from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss, uses_reference
 from rlft.algos.samples import Samples
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError
@@ -43,7 +43,7 @@ class OnlineDPO(Algorithm):
     """
 
     reads = (Kind.PROMPTS, Kind.CONTEXTS)
-    uses_rewards = uses_reference = True
+    uses_rewards = True
     objective = ("eval/reward", "max")
 
     def __init__(self, run: Run, *, loss: Callable[..., Tensor], beta: float, samples_per_step: SizeOrZero) -> None:
@@ -51,6 +51,10 @@ class OnlineDPO(Algorithm):
         self.pair_loss, self.samples_per_step = PairLoss(loss, beta=beta), samples_per_step
         self.rollouts = Rollouts(run, sampling=run.sampling)
         self.evaluator = Evaluator(run, run.sampling, has_exact_kl=is_exact_kl_logged(run))
+
+    @staticmethod
+    def uses_reference(**settings: Any) -> bool:
+        return uses_reference(settings["loss"])
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:

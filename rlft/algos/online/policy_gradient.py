@@ -41,7 +41,7 @@ class PolicyGradient(Algorithm):
     """A policy-gradient algorithm over sampled completions."""
 
     reads = (Kind.PROMPTS, Kind.CONTEXTS)
-    uses_rewards = uses_reference = True
+    uses_rewards = True
     objective = ("eval/reward", "max")
 
     def __init__(self, run: Run, parts: Composition) -> None:
@@ -58,6 +58,10 @@ class PolicyGradient(Algorithm):
         self.temperature = sampling.temperature
         if parts.shaping.target_logprob_coef:  # whether there is a column of targets, before anything is sampled
             target_ids(run.data.batch(0, size=1, seed=run.settings.seed))
+
+    @staticmethod
+    def uses_reference(**settings: Any) -> bool:
+        return True
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:

@@ -32,11 +32,15 @@ class RankPairs:
     """
 
     reads = (Kind.PROMPTS, Kind.CONTEXTS)
-    uses_rewards, uses_reference = True, False
+    uses_rewards = True
 
     def __init__(self, run: Run, *, path: str, num_pairs: int) -> None:
         self.path, self.num_pairs = Path(path), num_pairs
         self.rollouts = Rollouts(run, sampling=run.sampling)
+
+    @staticmethod
+    def uses_reference(**settings: Any) -> bool:
+        return False
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:

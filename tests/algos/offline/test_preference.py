@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlft import build
 from rlft.algos.pairs import PairLoss, check_pair_loss
 from rlft.core.errors import ConfigError, DataError
 from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from tests.algos.offline.builders import PAIRS, build_offline, gradient, loss_of, pairs, reference, totals, widened
-from tests.builders import TOKENIZER, tiny
+from tests.builders import TOKENIZER, algorithm_node, tiny
 from tests.models.tiny import plain_logprobs
 
 NAMES = ["dpo", "ipo", "simpo", "orpo"]
@@ -194,6 +195,12 @@ def test_a_loss_without_a_reference_does_not_ask_one_that_is_there(monkeypatch):
     assert algorithm.evaluate().metrics == made("simpo").evaluate().metrics
     loss, expected = loss_of(algorithm, algorithm.collect(0)), loss_of(made("simpo"), made("simpo").collect(0))
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "asks"), [("dpo", True), ("ipo", True), ("simpo", False), ("orpo", False)])
+def test_a_copy_of_the_policy_is_made_as_reference_only_for_a_loss_that_asks_it(name, asks):
+    make = build._parts(algorithm_node(name))
+    assert make.func.uses_reference(**make.keywords) is asks
 
 
 def test_ranks_share_the_pairs_of_a_step():
