@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 
 from rlft.algos.base import Algorithm, Run, Setup
-from rlft.config import RootConfig
-from rlft.core.errors import ConfigError, RlftError
+from rlft.config import RootConfig, check_group
+from rlft.core.errors import ConfigError, RlftError, nearest
 from rlft.core.metrics import Clock
 from rlft.core.paths import conf_directory
-from rlft.core.settings import RootSettings, field_names, gathered, parameters_of
+from rlft.core.settings import gathered, parameters_of
 from rlft.data.kinds import check_columns, check_kind
 from rlft.models.base import CausalLM
 from rlft.references.frozen import initial as initial_reference
@@ -94,14 +93,6 @@ def _setup(config: RootConfig, *, world_size: int) -> Setup:
     return Setup(config, has_reference=make is not no_reference, is_reference_initial=is_initial, world_size=world_size)
 
 
-def root_settings(**changes: Any) -> RootSettings:
-    """Return the root settings that conf/train.yaml holds, with changes; for a run that is put together in Python."""
-    values = yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))
-    defaults: dict[str, Any] = {name: values[name] for name in field_names()}
-    tuples = {name: tuple(defaults[name]) for name in ("betas", "trusted_modules")}
-    return RootSettings(**(defaults | tuples | {"name": "run"} | changes))
-
-
 def algorithm_node(name: str, overrides: Sequence[str] = (), **sizes: Any) -> dict[str, Any]:
     """Return conf/algo/<name>.yaml composed with its groups, resolved, as plain values.
 
@@ -125,6 +116,7 @@ def algorithm(node: dict[str, Any], run: Run, **parts: Any) -> Any:
 
     Raises `ConfigError` for what does not go together, as `build` does.
     """
+    check_group("algo", node)
     make = _parts(node, **parts)
     setup = Setup(run.settings, has_reference=run.reference is not None, world_size=run.world_size)
     kind: Any = make.func
@@ -180,6 +172,9 @@ def _reference(node: dict, **available: Any) -> CausalLM | None:
     rlft/config.py has already refused a function that asks for anything else.
     """
     names = parameters_of(get_method(node["_target_"]))
+    for name in names.keys() - node.keys() - available.keys():
+        if hint := nearest(name, available):  # a misspelt name would keep its default in silence
+            raise ConfigError(f"{node['_target_']} takes '{name}'{hint}; set reference.{name} if it is a setting")
     return _instantiate(node, **{name: value for name, value in available.items() if name in names})
 
 

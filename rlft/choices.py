@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from hydra.utils import get_method
 
 from rlft.core.errors import nearest
 from rlft.core.paths import conf_directory
+from rlft.core.settings import parameters_of
 
 
 def meant(group: str, name: str, options: list[str]) -> str:
@@ -56,7 +56,7 @@ def taken_by(target: str, key: str) -> str:
     targets = {file: yaml.safe_load(file.read_text(encoding="utf-8")).get("_target_") for file in files}
     group = next((file.parent for file in files if targets[file] == target), None)
     beside = {file.stem: one for file, one in targets.items() if one and file.parent == group}
-    others = [name for name, one in beside.items() if key in inspect.signature(get_method(one)).parameters]
+    others = [name for name, one in beside.items() if key in parameters_of(get_method(one))]
     if group is None or not others:
         return ""
     choices = f"{group.relative_to(conf_directory()).as_posix()}={', '.join(others)}"

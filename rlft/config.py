@@ -17,6 +17,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import yaml
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
@@ -55,6 +56,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 NODE = object()  # the hint of a value that is built from a node with a _target_
 # What rlft/build.py itself reads of a group's YAML, and its type.
 READ_BY_BUILD: dict[str, dict[str, Any]] = {"model": {"tokenizer": NODE}, "reward": {"weight": float, "timeout": float}}
+TUPLES = ("betas", "trusted_modules")  # root settings that are tuples, and lists in YAML
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
 _NO_CHOICE = re.compile(rf"\+*({'|'.join(GROUPS)}|experiment|hydra|[\w/]+/\w+|)=(-?[\d.]+|null|true|false|\[.*\])$")
 LARGEST = 2**63 - 1  # a whole number in a tensor, or a key of a random draw
@@ -87,8 +89,21 @@ def checked_values(values: dict[str, Any]) -> RootConfig:
     _check_root(typed)
     groups: dict[str, Any] = {group: {} if values.get(group) is None else values[group] for group in GROUPS}
     for group, node in groups.items():
-        _check_group(group, node)
-    return RootConfig(**(typed | groups | {key: tuple(typed[key]) for key in ("betas", "trusted_modules")}))
+        check_group(group, node)
+    return RootConfig(**(typed | groups | {key: tuple(typed[key]) for key in TUPLES}))
+
+
+def root_settings(**changes: Any) -> RootSettings:
+    """Return the root settings of conf/train.yaml with changes, checked; for a run that is put together in Python."""
+    values = root_defaults() | {"name": "run"} | changes
+    _check_root(values)
+    return RootSettings(**(values | {name: tuple(values[name]) for name in TUPLES}))
+
+
+def root_defaults() -> dict[str, Any]:
+    """Return the root settings as conf/train.yaml has them; `name` is left open there."""
+    values = yaml.safe_load((conf_directory() / "train.yaml").read_text(encoding="utf-8"))
+    return {field.name: values[field.name] for field in fields(RootSettings)}
 
 
 def _check_keys(values: Any) -> None:
@@ -189,7 +204,8 @@ def _check_root(root: dict[str, Any]) -> None:
         raise ConfigError(f"betas={root['betas']} must be two numbers in [0, 1)")
 
 
-def _check_group(group: str, node: dict[str, Any]) -> None:
+def check_group(group: str, node: dict[str, Any]) -> None:
+    """Raise `ConfigError` for what is wrong in the settings of a group, as plain values."""
     if group == "reward":
         if not isinstance(node, dict):
             raise ConfigError(f"reward={node!r} is not a group choice; see the files under conf/reward/")

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from hydra.utils import get_method
 
-from rlft.config import RootConfig, checked_values
+from rlft.config import RootConfig, checked_values, root_defaults
 from rlft.core.errors import ConfigError, RunDirectoryError
 from rlft.core.paths import conf_directory
 
@@ -56,12 +56,17 @@ def from_run(
     try:
         _check_plain(kept)
         for key, code, module in foreign_code(kept, trusted=trusted):
+            if module == "rlft":
+                raise ConfigError(
+                    f"{key}={code} is no part of this version of rlft: the run was made by another one. Use that "
+                    f"version, or give the settings of {key.partition('.')[0]} again"
+                )
             raise ConfigError(
                 f"{key}={code} is code that is not rlft's, and a run directory is not trusted: add "
                 f"trusted_modules=[{module}] (rlft eval, sample and export: --trusted-modules {module}), or give the "
                 f"settings of {key.partition('.')[0]} again"
             )
-        return checked_values({**kept, **given, "trusted_modules": list(trusted)})
+        return checked_values({**root_defaults(), **kept, **given, "trusted_modules": list(trusted)})
     except ConfigError as error:
         raise ConfigError(f"{run_dir / 'config.yaml'}: {error}") from error
 

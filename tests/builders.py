@@ -16,6 +16,7 @@ from rlft import build
 from rlft.algos.base import Algorithm, Run
 from rlft.algos.offline.sft import SFT
 from rlft.algos.online.policy_gradient import PolicyGradient
+from rlft.config import root_settings
 from rlft.core.metrics import Clock
 from rlft.core.rng import generator, order
 from rlft.data.prompts import Prompt
@@ -109,7 +110,7 @@ def run_of(
         "micro_batch_tokens": None,
     }  # fmt: skip
     return Run(
-        build.root_settings(**(sizes | settings)), policy, TOKENIZER, data, reference, rewards, device=CPU, rank=rank,
+        root_settings(**(sizes | settings)), policy, TOKENIZER, data, reference, rewards, device=CPU, rank=rank,
         world_size=world_size, is_float32=is_float32,
     )  # fmt: skip
 
@@ -163,7 +164,7 @@ def trainer(policy: CausalLM, algorithm: Any, run_dir: Path, **changes: Any) -> 
     }  # fmt: skip
     silent: Any = Silent()
     clock = algorithm.run.clock if isinstance(algorithm, Algorithm) else Clock()
-    run = Run(build.root_settings(**(defaults | changes)), policy, TOKENIZER, data=None, clock=clock)
+    run = Run(root_settings(**(defaults | changes)), policy, TOKENIZER, data=None, clock=clock)
     return Trainer(run, algorithm, accelerator=Accelerator(cpu=True), run_dir=run_dir, tracker=silent, progress=silent)
 
 

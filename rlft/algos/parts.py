@@ -2,7 +2,8 @@
 
 A part is a function such as those of `rlft.functional`. Its positional parameters name tensors of a batch, and its
 keyword-only ones are settings, which the YAML gives or which have a default; a few settings, such as the group's size,
-come from the run. A name that nothing stands for is refused, so that a misspelt one is never left out in silence.
+come from the run. A name that nothing stands for is refused, and so is a setting whose name is nearly that of a tensor
+or of what the run gives: it would keep its default in silence.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def composed(part: Callable[..., Any], *, where: str, tensors: Collection[str], 
 
     Raises `ConfigError`, which begins with `where`, for a parameter that asks for anything else.
     """
-    # Hydra's own function looks up what it may call at each call, which takes a millisecond: it is taken off here.
+    # Hydra's partial is unwrapped: it checks its target at each call, which takes a millisecond.
     args, given = (part.args, part.keywords) if isinstance(part, functools.partial) else ((), {})
     name = getattr(function_of(part), "__name__", type(part).__name__)
     parameters = inspect.signature(functools.partial(function_of(part), *args)).parameters.values()
@@ -63,9 +64,14 @@ def composed(part: Callable[..., Any], *, where: str, tensors: Collection[str], 
                 f"{', '.join(tensors)} (a setting stands behind a * in the signature)"
             )
     for p in parameters:
-        is_open = p.kind is p.KEYWORD_ONLY and p.default is p.empty
-        if is_open and p.name not in from_run and p.name not in given:
+        if p.kind is p.VAR_KEYWORD:
+            raise ConfigError(f"{where}: {name} takes any **{p.name}; it must name what it takes")
+        if p.kind is not p.KEYWORD_ONLY or p.name in given or p.name in from_run:
+            continue
+        if p.default is p.empty:
             raise ConfigError(f"{where}.{p.name} is not set, and {name} has no default for it")
+        if hint := nearest(p.name, [*tensors, *from_run]):  # a misspelt name would keep its default in silence
+            raise ConfigError(f"{where}: {name} takes '{p.name}'{hint}; set {where}.{p.name} if it is a setting")
     names = {p.name for p in parameters if p.name in (*tensors, *from_run)} - given.keys()
     return Part(functools.partial(function_of(part), *args, **given), frozenset(names))
 

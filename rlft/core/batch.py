@@ -42,7 +42,7 @@ class Batch:
     num_read: int | None = None  # tokens read, for a loss that does not count completion tokens
     index: int = 0  # the batch's number in the run
     coefs: dict[str, float] = field(default_factory=dict)  # of the loss's terms, the same for all updates on the batch
-    trained: Batch | None = None  # the rows that are trained on, where those are not all
+    trained: Batch | None = None  # the rows to train on; None: all
 
     @property
     def num_rows(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from rlft.core.errors import ConfigError
@@ -82,7 +82,9 @@ def parameters_of(target: Any) -> dict[str, tuple[inspect.Parameter, Any]]:
     hints = _hints(target)
     for name, parameter in inspect.signature(target).parameters.items():
         hint = hints.get(name)
-        found |= parameters_of(hint) if _is_group(hint) else {name: (parameter, hint)}
+        new = parameters_of(hint) if _is_group(hint) else {name: (parameter, hint)}
+        assert not new.keys() & found.keys(), f"two groups of {target} have the field {new.keys() & found.keys()}"
+        found |= new
     return found
 
 
@@ -94,11 +96,6 @@ def gathered(target: Any, values: dict[str, Any]) -> dict[str, Any]:
             own = {key: made.pop(key) for key in parameters_of(hint) if key in made}
             made[name] = hint(**gathered(hint, own))
     return made
-
-
-def field_names() -> list[str]:
-    """Return the names of the root settings."""
-    return [field.name for field in fields(RootSettings)]
 
 
 def _is_group(hint: Any) -> bool:

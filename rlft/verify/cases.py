@@ -9,6 +9,7 @@ from typing import Any
 from rlft import build
 from rlft.algos.base import Run
 from rlft.algos.online.policy_gradient import PolicyGradient
+from rlft.config import root_settings
 from rlft.models.base import CausalLM
 from rlft.verify.enumerable import Completion, Task, dense, endings, match
 from rlft.verify.formulas import Formula
@@ -122,7 +123,7 @@ def composed(
 ) -> PolicyGradient:
     """Return the algorithm that conf/algo/<algo>.yaml makes on a task; `parts` replace built ones."""
     node = _node(algo, overrides, max_new_tokens=task.length)
-    settings = build.root_settings(
+    settings = root_settings(
         seed=seed,
         prompts_per_step=prompts_per_step,
         group_size=group_size,

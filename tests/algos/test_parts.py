@@ -59,15 +59,21 @@ def test_an_instance_with_a_call_is_a_part_of_its_own_class_and_module() -> None
     assert (part(**AVAILABLE), part.names, part.module) == (6.0, {"rewards", "group_size"}, __name__)
 
 
-def test_a_part_that_takes_anything_gets_only_what_it_names() -> None:
-    seen: dict[str, Any] = {}
-
-    def greedy(rewards: float, *places: Any, **others: Any) -> float:
-        seen.update(others, places=places)
+def test_a_part_that_takes_anything_is_refused() -> None:
+    def greedy(rewards: float, **others: Any) -> float:
         return rewards
 
-    assert made(greedy)(**AVAILABLE) == 3.0
-    assert seen == {"places": ()}
+    with pytest.raises(ConfigError, match=r"algo/part: greedy takes any \*\*others; it must name what it takes"):
+        made(greedy)
+
+
+def test_a_misspelt_setting_of_the_run_is_refused_although_it_has_a_default() -> None:
+    def mean(rewards: float, *, group_siz: int = 1) -> float:
+        return rewards
+
+    with pytest.raises(ConfigError, match=r"mean takes 'group_siz' \(did you mean 'group_size'\?\)"):
+        made(mean)
+    assert made(functools.partial(mean, group_siz=2))(**AVAILABLE) == 3.0  # the YAML says that it is meant
 
 
 def test_names_are_those_that_it_is_called_with() -> None:

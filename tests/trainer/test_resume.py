@@ -1,4 +1,4 @@
-"""Contract 10: a run that was stopped or killed and resumed is bit for bit the run that was not."""
+"""A run that was stopped or killed and resumed is bit for bit the run that was not."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Denoise(Algorithm):
         ]
 
     def _terms(self, scorer: Scorer, batch: Batch) -> tuple[Tensor, Scores]:
-        """Return weight * -log pi at the hidden tokens and 0 elsewhere, `[B, T]`, and what it comes from."""
+        """Return weight * -log pi at the hidden tokens and 0 elsewhere, `[B, T]`, and the scores that they are from."""
         noised_ids = batch.values["noised_ids"]
         rows = replace(batch.rows, completion_mask=noised_ids == self.mask_id)
         scores = scorer(rows, noised_ids=noised_ids)

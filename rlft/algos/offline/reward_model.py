@@ -70,7 +70,7 @@ class RewardModel(OnExamples):
         return bradley_terry(chosen, rejected, margin)
 
     def state_dict(self) -> dict:
-        return {"reads": "pairs"}  # for the reward that a checkpoint becomes
+        return {"reads": "pairs"}  # read by reward=reward_model when it loads a checkpoint
 
 
 class Classification(OnExamples):

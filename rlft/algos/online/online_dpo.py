@@ -22,7 +22,7 @@ from rlft.algos.base import Algorithm, Evaluation, Run, Setup, check_shared
 from rlft.algos.online.evaluation import Evaluator
 from rlft.algos.online.rollouts import Rollouts
 from rlft.algos.online.scoring import check_sampler, is_exact_kl_logged
-from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss, uses_reference
+from rlft.algos.pairs import ROWS_PER_PAIR, PairLoss, check_pair_loss
 from rlft.algos.samples import Samples
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError
@@ -54,7 +54,7 @@ class OnlineDPO(Algorithm):
 
     @staticmethod
     def uses_reference(**settings: Any) -> bool:
-        return uses_reference(settings["loss"])
+        return True  # an evaluation measures the KL to it, whatever the loss
 
     @staticmethod
     def check(setup: Setup, **settings: Any) -> None:

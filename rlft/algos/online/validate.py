@@ -29,7 +29,13 @@ def surrogate_of(parts: Composition) -> Part:
 def aggregation_of(parts: Composition) -> Part:
     """Return the aggregation, checked: from tokens' losses x [B, T] to a scalar."""
     where, tensors = "algo/aggregation", AGGREGATION_TENSORS
-    return composed(parts.aggregation, where=where, tensors=tensors, from_run=AGGREGATION_COUNTS)
+    part = composed(parts.aggregation, where=where, tensors=tensors, from_run=AGGREGATION_COUNTS)
+    if not part.names & {*AGGREGATION_COUNTS}:
+        raise ConfigError(
+            f"{where} must take {' or '.join(AGGREGATION_COUNTS)}, counts of the whole batch: without them the "
+            f"loss would depend on the micro-batches"
+        )
+    return part
 
 
 def validate(parts: Composition, setup: Setup) -> None:
@@ -42,7 +48,7 @@ def validate(parts: Composition, setup: Setup) -> None:
 
 
 def _of_kl(parts: Composition, setup: Setup) -> Iterator[Refusal]:
-    """What makes no sense of the reference and the KL."""
+    """Invalid combinations of reference and KL."""
     kl = parts.kl
     # No reward trains, and nothing beside it.
     only_kl = function_of(parts.advantage) is no_advantage and not parts.entropy.entropy_coef
@@ -68,7 +74,7 @@ def _of_kl(parts: Composition, setup: Setup) -> Iterator[Refusal]:
 
 
 def _of_advantage(parts: Composition, setup: Setup) -> Iterator[Refusal]:
-    """What makes no sense of the advantage and what it is computed from."""
+    """Invalid combinations of the advantage with what it is computed from."""
     advantage, group_size = advantage_of(parts.advantage), setup.settings.group_size
     coef = parts.shaping.target_logprob_coef
     is_of_tokens, wants = isinstance(advantage, TokenAdvantage), advantage.part.names
@@ -114,7 +120,7 @@ def _of_advantage(parts: Composition, setup: Setup) -> Iterator[Refusal]:
 
 
 def _of_updates(parts: Composition, setup: Setup) -> Iterator[Refusal]:
-    """What makes no sense of how a batch is drawn, shared and trained on."""
+    """Invalid combinations of how a batch is drawn and trained on."""
     settings, drawing, updates, shaping = setup.settings, parts.drawing, parts.updates, parts.shaping
     samples = settings.prompts_per_step * settings.group_size
     is_in_parts = updates.minibatches > 1 or updates.target_kl is not None

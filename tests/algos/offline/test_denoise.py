@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlft.algos.base import Setup
 from rlft.algos.offline.denoise import Denoise
-from rlft.build import root_settings
+from rlft.config import root_settings
 from rlft.core.batch import Batch, Denominators
 from rlft.core.errors import ConfigError
 from rlft.core.metrics import Metrics

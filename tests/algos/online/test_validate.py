@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rlft import build as build_module
 from rlft.algos.base import Setup
 from rlft.algos.online.policy_gradient import PolicyGradient
-from rlft.build import root_settings
+from rlft.algos.online.validate import validate
+from rlft.config import root_settings
 from rlft.core.errors import ConfigError
 from tests.algos.micro import build
 from tests.builders import algorithm_node, reward_sum
@@ -60,3 +63,13 @@ def test_rewards_that_an_advantage_is_not_for_are_refused_on_the_first_batch_wit
 def test_targets_that_the_data_does_not_have_are_refused_before_anything_is_sampled():
     with pytest.raises(ConfigError, match=r"list:\d does not have \(its columns: number\): .*data=contexts"):
         build("reinforce", "algo.target_logprob_coef=0.5")
+
+
+def test_an_aggregation_without_a_count_of_the_whole_batch_is_refused():
+    def mean(x, mask):
+        return (x * mask).sum() / mask.sum()
+
+    node = algorithm_node("grpo")
+    parts = replace(build_module._parts(node).keywords["parts"], aggregation=mean)
+    with pytest.raises(ConfigError, match="must take num_tokens or num_sequences, counts of the whole batch"):
+        validate(parts, Setup(root_settings(), has_reference=True))
