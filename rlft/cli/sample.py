@@ -1,8 +1,8 @@
-"""rlft sample: what a policy writes behind a prompt, shown as it is drawn.
+"""rlft sample: a policy's completions of a prompt, shown while they are drawn.
 
 POLICY is a run directory, one of its checkpoints, a model in Hugging Face format, or a name on its hub. Prompts are
 given by --prompt, or line by line in a file or on stdin; an empty one starts from the end-of-text token. The same seed,
-prompt and place in the list give the same completion.
+prompt and position in the list give the same completion.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlft.cli.evaluate import TRUST
 from rlft.cli.parser import Parser
 from rlft.core.errors import ConfigError, DataError
 
@@ -44,7 +43,7 @@ def parser() -> Parser:
     sample.add_argument("--chat", action="store_true", help="a prompt is a user's message, put into the chat template")
     sample.add_argument("--json", action="store_true", help="JSON lines: prompt, completion, finish_reason, tokens")
     sample.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    sample.add_argument("--trusted-modules", action="append", default=[], metavar="MODULE", help=TRUST)
+    sample.add_trusted_modules()
     return sample
 
 
@@ -71,10 +70,8 @@ def run(arguments: list[str]) -> int:
     rows = [(text, _ids(text, tokenizer, chat=args.chat, room=policy.context_length)) for text in prompts]
     for number, (text, ids) in enumerate(rows):
         for member in range(args.n):
-            drawn = stream(
-                policy, ids, sampling=sampling, eos_id=tokenizer.eos_id, seed=args.seed, prompt_number=number,
-                member=member,
-            )  # fmt: skip
+            place = {"seed": args.seed, "prompt_number": number, "member": member}
+            drawn = stream(policy, ids, sampling=sampling, eos_id=tokenizer.eos_id, **place)
             if args.json:
                 _print_json(text, list(drawn), tokenizer)
             else:
@@ -83,7 +80,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _lines(file: str | None, *, has_prompts: bool) -> Iterator[str]:
-    """Yield the lines of a file or of stdin; of stdin also where nothing else is given and it is no terminal."""
+    """Yield the lines of a file, or of stdin: for `-`, or if no prompt is given and it is not a terminal."""
     if file is None and (has_prompts or sys.stdin.isatty()):
         return
     try:
@@ -97,7 +94,7 @@ def _lines(file: str | None, *, has_prompts: bool) -> Iterator[str]:
 
 
 def _ids(text: str, tokenizer: Tokenizer, *, chat: bool, room: int) -> list[int]:
-    """Return a prompt's ids: as text, or as a user's message in the tokenizer's chat template."""
+    """Return the ids of a prompt: of its text, or of a user's message in the tokenizer's chat template."""
     if chat:
         if tokenizer.hf.chat_template is None:
             raise ConfigError("--chat: this policy's tokenizer has no chat template; leave the flag out")
