@@ -32,14 +32,8 @@ NO_TRACKER = {"_target_": "rlft.tracking.trackers.NullTracker"}
 
 
 def parser() -> Parser:
-    evaluate = Parser(
-        "eval",
-        __doc__,
-        examples=(
-            "rlft eval outputs/grpo/2026-01-01_12-00-00-s0",
-            "rlft eval outputs/grpo/* package:rlft/assets/tiny eval_prompts=64 --out report",
-        ),
-    )
+    several = "rlft eval outputs/grpo/* package:rlft/assets/tiny eval_prompts=64 --out report"
+    evaluate = Parser("eval", __doc__, examples=("rlft eval outputs/grpo/2026-01-01_12-00-00-s0", several))
     evaluate.add_argument("policies", nargs="+", metavar="POLICY | SETTING=VALUE")
     evaluate.add_argument("--out", type=Path, help="where to write; outputs/eval/<date>_<time> if left out")
     evaluate.add_argument("--samples", type=int, default=0, metavar="N", help="completions to show for each policy")

@@ -27,7 +27,7 @@ def parser() -> Parser:
 def run(arguments: list[str]) -> int:
     args = parser().parse(arguments)
     if args.directory.exists() and (not args.directory.is_dir() or any(args.directory.iterdir())):
-        raise ConfigError(f"{args.directory} exists and is not an empty directory: name another one")
+        raise ConfigError(f"{args.directory} exists and is no empty directory: name another one")
     output_directory(args.directory)
     import torch
 

@@ -7,6 +7,7 @@ prompt and position in the list give the same completion.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,15 +22,12 @@ if TYPE_CHECKING:
 
 
 def parser() -> Parser:
-    sample = Parser(
-        "sample",
-        __doc__,
-        examples=(
-            'rlft sample package:rlft/assets/tiny --prompt "The film" -n 3',
-            'rlft sample outputs/grpo/2026-01-01_12-00-00-s0 --prompt "The film" --greedy',
-            "head -5 prompts.txt | rlft sample outputs/grpo/2026-01-01_12-00-00-s0 --json > completions.jsonl",
-        ),
+    examples = (
+        'rlft sample package:rlft/assets/tiny --prompt "The film" -n 3',
+        'rlft sample outputs/grpo/2026-01-01_12-00-00-s0 --prompt "The film" --greedy',
+        "head -5 prompts.txt | rlft sample outputs/grpo/2026-01-01_12-00-00-s0 --json > completions.jsonl",
     )
+    sample = Parser("sample", __doc__, examples=examples)
     sample.add_argument("policy", metavar="POLICY")
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     sample.add_argument("--file", metavar="FILE", help="a prompt in each line; - for stdin")
@@ -68,10 +66,10 @@ def run(arguments: list[str]) -> int:
     if policy.mask_id is not None:
         raise ConfigError(f"{args.policy} is a bidirectional policy (algo=denoise), which does not continue a prompt")
     rows = [(text, _ids(text, tokenizer, chat=args.chat, room=policy.context_length)) for text in prompts]
+    draw = functools.partial(stream, policy, sampling=sampling, eos_id=tokenizer.eos_id, seed=args.seed)
     for number, (text, ids) in enumerate(rows):
         for member in range(args.n):
-            place = {"seed": args.seed, "prompt_number": number, "member": member}
-            drawn = stream(policy, ids, sampling=sampling, eos_id=tokenizer.eos_id, **place)
+            drawn = draw(ids, prompt_number=number, member=member)
             if args.json:
                 _print_json(text, list(drawn), tokenizer)
             else:

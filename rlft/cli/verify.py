@@ -15,11 +15,8 @@ WIDTH = 150  # of the table, if standard output is not a terminal
 
 def parser() -> Parser:
     verify = Parser("verify", __doc__, examples=("rlft verify", "rlft verify --only grpo kl --out outputs/verify"))
-    out, written = Path("outputs/verify"), "directory of verify.md, verify.json, frontier.png"
-    verify.add_argument("--out", type=Path, default=out, help=written)
-    verify.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="only these: algorithms (grpo), parts (kl)"
-    )
+    verify.add_argument("--out", type=Path, default=Path("outputs/verify"), help="where to write tables and plot")
+    verify.add_argument("--only", nargs="+", default=[], metavar="NAME", help="algorithms (grpo) or parts (kl)")
     return verify
 
 

@@ -30,7 +30,7 @@ class Case:
         overrides: of the YAML's settings.
         scale: the ratio of its expected gradient to the exact policy gradient of E[r] - coef KL: `UNBIASED`, or
             `LEAVING_ONE_IN` (Dr. GRPO: (k - 1) / k over the length). None: the algorithm is biased.
-        rewards: which kind it is trained on: one for each of the "completions", "binary" (0 or 1), or for "tokens".
+        rewards: their kind: one a completion ("completions"), the same but 0 or 1 ("binary"), one a token ("tokens").
         rate: step size of the plain gradient step between the two updates; a negative one makes the loss rise.
     """
 
@@ -65,7 +65,7 @@ class Case:
     def exact_gradient(self, algorithm: PolicyGradient, task: Task, reference: CausalLM) -> Tensor:
         """Return the exact gradient of what the algorithm maximises, E[r] - coef KL, by every weight, flat."""
         policy, beta = algorithm.run.policy, 0.0 if self.formula.kl == "none" else algorithm.kl.base_coef
-        rewards = task.rewards * (self.formula.advantage != "none")  # distillation does not see them
+        rewards = task.rewards * (self.formula.advantage != "none")  # distillation does not use them
         logp, ref_logp = (exact.logprobs(p, task, temperature=TEMPERATURE) for p in (policy, reference))
         return exact.gradient(exact.objective(logp, ref_logp.detach(), rewards, beta=beta), policy)
 

@@ -24,7 +24,7 @@ from rlft.verify.formulas import Array, ByHand, Sample, Tables, log_softmax
 from rlft.verify.listed import Group, Listed, loss_of, rollout_of, sample_of
 from rlft.verify.verdict import SAME, Row, same
 
-BASELINE = 0.375  # of a running mean of rewards
+BASELINE = 0.375  # the running mean of rewards, where a baseline uses it
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Enumeration:
         self.greedy = [task.reward(p, task.likeliest(old, p)) for p in range(len(task.prompts))]
 
     def expectation(self) -> Expectation:
-        """Go through all batches."""
+        """Return the results over all batches."""
         updates = 2 if self.case.has_ratio else 1
         real, by_hand = ([np.zeros_like(self.first.flat()) for _ in range(updates)] for _ in range(2))
         off, largest, clipped, count = [0.0] * updates, [0.0] * updates, 0.0, 0

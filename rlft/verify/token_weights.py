@@ -84,11 +84,7 @@ def softmax(group: list[float], settings: Settings) -> list[float]:
 
 
 OF_A_GROUP: dict[str, Callable[[list[float], Settings], list[float]]] = {
-    "mean": mean,
-    "zscore": zscore,
-    "leave_one_out": leave_one_out,
-    "best": best,
-    "softmax": softmax,
+    f.__name__: f for f in (mean, zscore, leave_one_out, best, softmax)
 }
 
 
