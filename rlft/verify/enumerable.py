@@ -134,7 +134,7 @@ def _prefixes(task: Task, length: int) -> list[Completion]:
 
 
 def token_count(vocab_size: int = 3, length: int = 4) -> Task:
-    """A dense reward: 1 for each token 0. Under the best policy p(0) is proportional to exp(1/beta) at every position."""
+    """A dense reward: 1 for each token 0. The best policy has p(0) proportional to exp(1/beta) at every position."""
 
     def of_tokens(_: int, ids: Completion) -> list[float]:
         return [float(token == 0) for token in ids]
