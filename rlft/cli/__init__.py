@@ -18,9 +18,9 @@ COMMANDS = {  # name: what it does
     "train": "train a policy; with -m a sweep of runs",
     "eval": "evaluate policies on held-out prompts, side by side",
     "sample": "continue prompts, from the command line, a file or stdin",
-    "report": "finished runs to a table with intervals over seeds, and curves",
+    "report": "make a table of finished runs, with intervals over seeds, and plots",
     "verify": "check every online algorithm against exact answers",
-    "export": "write a policy in Hugging Face format, at a precision of choice",
+    "export": "write a policy in Hugging Face format, in a chosen precision",
     "rank": "write pairs of a policy's samples, ranked by a reward, for algo=dpo",
 }
 _COMPUTES = ("train", "eval", "rank")  # commands with large tensors: the process is restarted with huge pages
