@@ -30,17 +30,9 @@ from rlft.trainer.train_state import TrainState
 from rlft.trainer.trainer import Trainer
 
 EXIT_DONE, EXIT_STOPPED = 0, 75
-_MAY_CHANGE = {
-    "resume", "dry_run", "run_dir", "trusted_modules", "steps", "max_minutes", "max_tokens", "log_every", "keep",
-    "tracker",
-}  # fmt: skip
-_SIGNS = (
-    "metrics.jsonl",
-    "samples.jsonl",
-    "summary.json",
-    "checkpoints",
-    "model",
-)  # what shows that a directory holds a run
+_LIMITS = {"steps", "max_minutes", "max_tokens"}
+_MAY_CHANGE = {*_LIMITS, "resume", "dry_run", "run_dir", "trusted_modules", "log_every", "keep", "tracker"}
+_SIGNS = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "model")  # of a directory that holds a run
 _PACKAGES = ("torch", "transformers", "accelerate", "numpy", "hydra-core", "tokenizers")
 
 

@@ -99,7 +99,10 @@ def test_a_target_inside_a_list_is_refused():
     ],
 )
 def test_what_is_reached_through_rlft_but_is_no_part_of_it_is_refused(target):
-    with pytest.raises(ConfigError, match=rf"tracker\._target_={re.escape(target)} is (no part of this version of rlft|code that is not rlft's)"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"tracker\._target_={re.escape(target)} is (no part of this version of rlft|code that is not rlft's)",
+    ):
         from_values(changed("tracker._target_", target))
 
 

@@ -1,8 +1,8 @@
 """The command line: `rlft train`, `eval`, `sample`, `report`, `verify`, `export` and `rank`.
 
 `python -m rlft …` is the same, and `python train.py …` is `rlft train …`. Each command is one file here with a function
-`run(arguments) -> exit code`; it is imported when it is called, so that `rlft --help` costs nothing. What a person can
-mend ends in one line on stderr and the exit code of its kind (the table is in README.md).
+`run(arguments) -> exit code`; the file is imported when its command is called, so that `rlft --help` is fast. A user's
+mistake ends in one line on stderr and the exit code of its kind (the table is in README.md).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ COMMANDS = {  # name: what it does
     "train": "train a policy; with -m a sweep of runs",
     "eval": "evaluate policies on held-out prompts, side by side",
     "sample": "continue prompts, from the command line, a file or stdin",
-    "report": "finished runs to a table with intervals over seeds, and curves",
+    "report": "make a table of finished runs, with intervals over seeds, and plots",
     "verify": "check every online algorithm against exact answers",
-    "export": "write a policy in Hugging Face format, at a precision of choice",
+    "export": "write a policy in Hugging Face format, in a chosen precision",
     "rank": "write pairs of a policy's samples, ranked by a reward, for algo=dpo",
 }
-_COMPUTES = ("train", "eval", "rank")  # with large tensors, for which the process starts again with huge pages
+_COMPUTES = ("train", "eval", "rank")  # commands with large tensors: the process is restarted with huge pages
 EXIT_INTERRUPTED = 130
 USAGE = """usage: rlft COMMAND …        (python -m rlft COMMAND … is the same)
 
@@ -35,7 +35,7 @@ Tab completion: eval "$(register-python-argcomplete rlft)\""""
 
 
 def command(name: str | None = None) -> int:
-    """Run the process's own command line; `name` is the command where the command line does not say it (train.py)."""
+    """Run this process's command line; `name` is the command if the command line does not hold it (train.py)."""
     arguments = sys.argv[1:] if name is None else [name, *sys.argv[1:]]
     if "_ARGCOMPLETE" in os.environ:
         from rlft.cli.completion import complete
@@ -68,9 +68,9 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("rlft: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has had enough of it, as `head` does
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-MODULES = {"eval": "evaluate"}  # commands whose name is a function of Python's
+MODULES = {"eval": "evaluate"}  # command: its file, where the name is that of a Python function

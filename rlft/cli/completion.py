@@ -7,11 +7,11 @@ import importlib
 
 from rlft.core.paths import conf_directory
 
-_CONFIGS = {"train": "train", "rank": "rank_pairs"}  # commands that Hydra reads: the file of conf/ that they compose
+_CONFIGS = {"train": "train", "rank": "rank_pairs"}  # Hydra's commands: the file of conf/ that each composes
 
 
 def complete() -> None:
-    """Answer the shell that asks, and leave the process; return where it does not ask."""
+    """Answer the shell and exit, if it asks for completions; else return."""
     import argcomplete
 
     from rlft.cli import COMMANDS, MODULES

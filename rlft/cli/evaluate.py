@@ -2,9 +2,9 @@
 
 POLICY is a run directory, one of its checkpoints, a model in Hugging Face format, or a name on its hub. Data, rewards
 and sampling are those of the first POLICY that is a run, or the defaults of `rlft train`; SETTING=VALUE changes them
-(eval_prompts=64, temperature=0.7, reward=length, data.source.path=mine.jsonl). The KL is against the policy that each
-run began with, where the settings say reference=initial. The prompts and the draws are the same for every policy;
-prompts that are cut to so many tokens are so for policies with one tokenizer, and only then is a difference given.
+(eval_prompts=64, temperature=0.7, reward=length, data.source.path=mine.jsonl). With reference=initial the KL is against
+the policy that each run began with. All policies get the same prompts and random draws. Prompts that are cut to so many
+tokens differ between tokenizers; then no difference between the policies is given.
 
 Writes DIRECTORY/eval.json, eval.md and samples.jsonl. Intervals are 95 %, over prompts.
 """
@@ -26,28 +26,19 @@ if TYPE_CHECKING:
     from rlft.cli.policies import NamedPolicy
     from rlft.config import RootConfig
 
-Z = 1.959964  # of the normal distribution: half of a 95 % interval, in standard errors
+Z = 1.959964  # half of a 95 % interval in standard errors, for a normal distribution
 REWARD = "eval/reward"
 NO_TRACKER = {"_target_": "rlft.tracking.trackers.NullTracker"}
 
 
 def parser() -> Parser:
-    evaluate = Parser(
-        "eval",
-        __doc__,
-        examples=(
-            "rlft eval outputs/grpo/2026-01-01_12-00-00-s0",
-            "rlft eval outputs/grpo/* package:rlft/assets/tiny eval_prompts=64 --out report",
-        ),
-    )
+    several = "rlft eval outputs/grpo/* package:rlft/assets/tiny eval_prompts=64 --out report"
+    evaluate = Parser("eval", __doc__, examples=("rlft eval outputs/grpo/2026-01-01_12-00-00-s0", several))
     evaluate.add_argument("policies", nargs="+", metavar="POLICY | SETTING=VALUE")
     evaluate.add_argument("--out", type=Path, help="where to write; outputs/eval/<date>_<time> if left out")
     evaluate.add_argument("--samples", type=int, default=0, metavar="N", help="completions to show for each policy")
-    evaluate.add_argument("--trusted-modules", action="append", default=[], metavar="MODULE", help=TRUST)
+    evaluate.add_trusted_modules()
     return evaluate
-
-
-TRUST = "a module of yours that a run's config.yaml may name; without it only rlft's own parts are made"
 
 
 def run(arguments: list[str]) -> int:
@@ -76,7 +67,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _is_setting(word: str) -> bool:
-    """Tell SETTING=VALUE from a path, which may hold an equals sign too."""
+    """Tell SETTING=VALUE from a path, which may contain an equals sign too."""
     from rlft.config import GROUPS
 
     key = word.partition("=")[0].lstrip("+~")
@@ -85,11 +76,11 @@ def _is_setting(word: str) -> bool:
 
 
 def _evaluate(policy: NamedPolicy, base: RootConfig) -> dict[str, Any]:
-    """Return a policy's metrics and samples under the settings of all."""
+    """Return a policy's metrics and samples under the common settings."""
     from rlft import build
 
     job = build.build(policy.settings(base))
-    if policy.run is not None:  # the job has the policy as it was before training, for the reference
+    if policy.run is not None:  # built as it was before training, for the reference: load what was trained
         trained, _ = policy.load()
         job.run.policy.load_state_dict(trained.state_dict())
         if job.algorithm.head is not None:
@@ -110,7 +101,7 @@ def _evaluate(policy: NamedPolicy, base: RootConfig) -> dict[str, Any]:
 
 
 def _half_width(values: list[float]) -> float | None:
-    """Return half of a 95 % interval of the values' mean; None where fewer than two count."""
+    """Return half of a 95 % interval of the values' mean; None for fewer than two values that are not nan."""
     counted = [value for value in values if not math.isnan(value)]
     if len(counted) < 2:
         return None
@@ -122,7 +113,7 @@ def _half_width(values: list[float]) -> float | None:
 def _difference(samples: list[dict], others: list[dict]) -> dict[str, float | None] | None:
     """Return the mean difference of two policies' rewards on the same prompts, with half of its 95 % interval.
 
-    None where there are no rewards, or the prompts differ: those cut to so many tokens do, by another tokenizer.
+    None if there are no rewards, or if the prompts differ (those cut to a number of tokens, with other tokenizers).
     """
     if [sample["prompt"] for sample in samples] != [other["prompt"] for other in others]:
         return None
@@ -138,8 +129,8 @@ def _write(out: Path, found: list[dict[str, Any]], base: RootConfig, *, seconds:
 
     out.mkdir(parents=True, exist_ok=True)
     policies = [{key: value for key, value in one.items() if key != "samples"} for one in found]
-    made_with = {"seconds": round(seconds, 1), **provenance(found[0]["device"])}
-    whole = {"policies": policies, "settings": asdict(base), **made_with}
+    whole = {"policies": policies, "settings": asdict(base), "seconds": round(seconds, 1)}
+    whole |= provenance(found[0]["device"])
     (out / "eval.json").write_text(json.dumps(whole, indent=2) + "\n")
     with (out / "samples.jsonl").open("w", encoding="utf-8") as file:
         for one in found:
@@ -151,7 +142,7 @@ def _write(out: Path, found: list[dict[str, Any]], base: RootConfig, *, seconds:
 
 
 def _rows(found: list[dict[str, Any]]) -> list[list[str]]:
-    """Return the table: a line for each metric, a column for each policy; of rewards with intervals."""
+    """Return the table: a row for each metric, a column for each policy; rewards have intervals."""
     names = list(dict.fromkeys(name for one in found for name in one["metrics"]))
     rows = [["", *(one["policy"] for one in found)]]
     for name in names:

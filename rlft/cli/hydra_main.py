@@ -1,4 +1,4 @@
-"""How a command composes its configuration from conf/ and the command line: through Hydra, with errors as ours."""
+"""Composes a command's configuration from conf/ and the command line by Hydra, with errors as `ConfigError`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rlft.core.paths import conf_directory
 
 
 def compose_and_call(job: Callable[[DictConfig], None], *, config_name: str, arguments: list[str]) -> int:
-    """Call `job` with conf/<config_name>.yaml under the overrides in `arguments`; once for each job of a sweep.
+    """Call `job` with conf/<config_name>.yaml and the overrides in `arguments`; once for each job of a sweep.
 
-    Hydra's own flags work (--help, --cfg job, -m, --config-dir, …). Returns the exit code that the job ended with, by
-    SystemExit. Raises `ConfigError` where the configuration cannot be composed.
+    Hydra's own flags work (--help, --cfg job, -m, --config-dir, …). Returns the exit code of a job that ends with
+    SystemExit, else 0. Raises `ConfigError` if the configuration cannot be composed.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, in place of printing and exit code 1
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, and does not print and exit
     is_composed, failed = False, list[RlftError]()
 
     @functools.wraps(job)
@@ -31,13 +31,13 @@ def compose_and_call(job: Callable[[DictConfig], None], *, config_name: str, arg
         is_composed = True
         try:
             job(config)
-        except RlftError as error:  # Hydra would print a line of its own, with the whole command line in it
+        except RlftError as error:  # Hydra would print the whole command line as well
             failed.append(error)
             raise SystemExit(error.exit_code) from error
-        is_composed = False  # a sweep composes its next job
+        is_composed = False  # a sweep now composes its next job
 
     main = hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name=config_name)(begun)
-    before, sys.argv = sys.argv, [sys.argv[0], *arguments]  # where Hydra reads them
+    before, sys.argv = sys.argv, [sys.argv[0], *arguments]  # Hydra reads them there
     try:
         main()
     except SystemExit as ended:
@@ -49,7 +49,7 @@ def compose_and_call(job: Callable[[DictConfig], None], *, config_name: str, arg
     except Exception as error:
         if is_composed and not isinstance(error, (HydraException, OmegaConfBaseException)):
             raise
-        from rlft.config import composition_error  # Hydra meets a strange override with errors of every kind
+        from rlft.config import composition_error  # Hydra raises errors of many types for an odd override
 
         raise composition_error(error, overrides=arguments) from error
     finally:

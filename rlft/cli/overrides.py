@@ -1,4 +1,4 @@
-"""Settings of a run, changed by a command line: `rlft eval RUN eval_prompts=64 reward=length`."""
+"""Changes the settings of a run by a command line: `rlft eval RUN eval_prompts=64 reward=length`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rlft.core.paths import conf_directory
 
 
 def changed(run: RootConfig | None, overrides: list[str]) -> RootConfig:
-    """Return a run's settings, or the defaults where it is None, under the overrides of a command line.
+    """Return a run's settings (the defaults for None), changed by the overrides of a command line.
 
-    An override is a group's choice (reward=length; with its parts: data=prompts data/source=csv), a root setting, or a
-    dotted key of a group.
+    An override chooses a group (reward=length; or with its parts: data=prompts data/source=csv), or sets a root setting
+    or a dotted key in a group.
 
-    Raises `ConfigError` for anything else, and for what `rlft.config.checked` refuses.
+    Raises `ConfigError` for any other override, and for settings that `rlft.config.checked` refuses.
     """
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
@@ -41,7 +41,7 @@ def changed(run: RootConfig | None, overrides: list[str]) -> RootConfig:
 def _composed(overrides: list[str]) -> DictConfig:
     try:
         return compose("train", overrides=overrides)
-    except (ValueError, TypeError) as error:  # how Hydra meets a group that is given a number
+    except (ValueError, TypeError) as error:  # raised by Hydra if a group is set to a number
         raise composition_error(error, overrides=overrides) from error
 
 
@@ -51,7 +51,7 @@ def _change(values: DictConfig, override: Any, overrides: list[Any]) -> None:
     is_alone = bool(part) and group not in [one.key_or_group for one in overrides]
     if override.is_sweep_override() or override.is_add() or override.is_delete() or is_alone:
         raise ConfigError(f"{override.input_line}: a setting is changed by KEY=VALUE, or a whole group by GROUP=NAME")
-    if part:  # chosen with its group
+    if part:  # was composed with its group
         return
     if key in GROUPS:
         parts = [one.input_line for one in overrides if one.key_or_group.startswith(f"{key}/")]

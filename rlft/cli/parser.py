@@ -1,4 +1,4 @@
-"""The parser of the commands that Hydra does not read: --help with examples, and mistakes as errors of ours."""
+"""The parser of the commands that do not use Hydra: --help with examples, and mistakes as `ConfigError`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def add_trusted_modules(self) -> None:
+        about = "a module of yours that a run's config.yaml may name; without it only rlft's own parts are made"
+        self.add_argument("--trusted-modules", action="append", default=[], metavar="MODULE", help=about)
+
     def parse(self, arguments: list[str]) -> argparse.Namespace:
-        """Return the arguments, flags before and behind the others."""
+        """Parse the arguments; flags may stand before, between and after the others."""
         return self.parse_intermixed_args(arguments)
 
     def error(self, message: str) -> NoReturn:
-        """Raise `ConfigError` (exit code 2) in place of printing the usage and leaving the process."""
+        """Raise `ConfigError` (exit code 2) instead of printing the usage and exiting."""
         raise ConfigError(f"{message}; {self.prog} --help says what is allowed")
 
 
 def output_directory(path: Path) -> Path:
-    """Make a directory for what a command will write, before it computes; raises `ConfigError` if it cannot."""
+    """Make a command's output directory before it computes anything; raises `ConfigError` if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be made a directory ({error.strerror}): name another place") from error
+        raise ConfigError(f"{path} cannot be made a directory ({error.strerror}): name another one") from error
     return path

@@ -1,4 +1,4 @@
-"""What RUN or MODEL on a command line names: a policy's weights, its tokenizer, and the run that trained it."""
+"""Finds the policy that a command line names: its weights, its tokenizer, and the run that trained it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from rlft.saved_config import from_run, read_config
 from rlft.text.tokenizer import Tokenizer
 from rlft.trainer.checkpoint import Checkpoints
 
-HELP = "a run directory, one of its checkpoints, a model in Hugging Face format, or a name on its hub"
-
 
 @dataclass(frozen=True)
 class NamedPolicy:
@@ -30,22 +28,22 @@ class NamedPolicy:
 
     name: str  # as it was given
     weights: Path
-    run_dir: Path | None  # of the run that trained it; None for a model of elsewhere
-    checkpoint: Path | None  # with the weights of its head, where it has one
-    trusted: tuple[str, ...] = ()  # modules beside rlft's that the run's config.yaml may name
+    run_dir: Path | None  # of the run that trained it; None for a model that no run trained
+    checkpoint: Path | None  # has the weights of its head, if it has one
+    trusted: tuple[str, ...] = ()  # modules outside rlft that the run's config.yaml may name
 
     @cached_property
     def run(self) -> RootConfig | None:
-        """The settings of its run, read when they are asked for: who samples needs none of its rewards."""
+        """The settings of its run, read on first use: sampling must not need the run's rewards."""
         if self.run_dir is None:
             return None
         return from_run(read_config(self.run_dir), run_dir=self.run_dir, trusted=self.trusted)
 
     @cached_property
     def node(self) -> dict[str, Any]:
-        """What loads it, as conf/model/ has it: _target_, path and tokenizer."""
+        """The settings that load it, as in conf/model/: _target_, path and tokenizer."""
         place = self.weights if self.run_dir is None else self.run_dir / "model"
-        if self.run_dir is None or (place / "tokenizer.json").is_file():  # without the run's data, or a download
+        if self.run_dir is None or (place / "tokenizer.json").is_file():  # needs neither the run's data nor a download
             tokenizer: Any = {"_target_": "rlft.text.huggingface.huggingface", "path": str(place)}
         else:
             assert self.run is not None
@@ -58,15 +56,15 @@ class NamedPolicy:
         return policy.eval(), tokenizer
 
     def head(self) -> dict[str, Tensor]:
-        """Return the weights of what was trained beside the policy: a critic, a reward head, a classifier."""
+        """Return the weights of the head that was trained with the policy: a critic, a reward head or a classifier."""
         if self.checkpoint is None:
             raise ConfigError(f"{self.name} has no checkpoint, and so no head to evaluate: name its run")
         return load_file(self.checkpoint / "head.safetensors")
 
     def settings(self, base: RootConfig) -> RootConfig:
-        """Return `base` with this policy as it was before training, so that reference=initial means what it meant.
+        """Return `base` with this policy as it was before training, which reference=initial refers to.
 
-        A model of elsewhere has no such reference; its KL to itself would be 0, and so none is measured.
+        A model that no run trained has no such reference: its KL to itself would be 0, so none is measured.
         """
         if self.run is not None:
             return replace(base, model=self.run.model | {"tokenizer": self.node["tokenizer"]})
@@ -79,11 +77,11 @@ class NamedPolicy:
 
 
 def named_policy(name: str, *, trusted: tuple[str, ...] = ()) -> NamedPolicy:
-    """Return what `name` stands for.
+    """Return the policy that `name` stands for.
 
-    Of a run that is done it is the policy that it exported, of any other run the newest checkpoint. `trusted` are
-    modules beside rlft's that the run's config.yaml may name. Raises `ConfigError` where there is no policy,
-    `CheckpointError` for a damaged one.
+    For a finished run it is the policy that the run exported, for any other run that of the newest checkpoint.
+    `trusted` are modules outside rlft that the run's config.yaml may name. Raises `ConfigError` if there is no policy,
+    `CheckpointError` if it is damaged.
     """
     path = Path(name).expanduser()
     if (path / "config.yaml").is_file():
@@ -101,7 +99,7 @@ def named_policy(name: str, *, trusted: tuple[str, ...] = ()) -> NamedPolicy:
 
 
 def _of_run(run_dir: Path) -> tuple[Path, Path | None]:
-    """Return where the policy of a run is, and the checkpoint of the same step."""
+    """Return the directory of a run's policy, and the checkpoint of the same step."""
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=1)
     steps = checkpoints.steps()
     try:
@@ -109,7 +107,7 @@ def _of_run(run_dir: Path) -> tuple[Path, Path | None]:
     except (OSError, ValueError):
         summary = {}
     if summary.get("steps") == (steps[-1] if steps else 0) and (run_dir / "model").is_dir():
-        # One that stopped early exported its best policy.
+        # A run that stopped early exported its best policy.
         step = summary["best"]["step"] if summary["exit_reason"] == "early_stopping" else summary["steps"]
         return run_dir / "model", checkpoints.path(step) if step in steps else None
     if not steps:
@@ -126,7 +124,5 @@ def _loader(weights: Path) -> str:
     elif (weights / "config.json").is_file():
         is_gpt2 = json.loads((weights / "config.json").read_text()).get("model_type") == "gpt2"
     else:
-        raise ConfigError(
-            f"{weights} holds no policy: there is neither config.yaml, policy.safetensors nor config.json"
-        )
+        raise ConfigError(f"{weights} holds no policy: no config.yaml, policy.safetensors or config.json is there")
     return f"rlft.models.{'gpt2.GPT2' if is_gpt2 else 'hf.HFCausalLM'}.from_pretrained"

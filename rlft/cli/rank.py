@@ -1,4 +1,4 @@
-"""rlft rank: pairs of a policy's samples, ranked by a reward, for algo=dpo (settings: conf/rank_pairs.yaml).
+"""rlft rank: write pairs of a policy's samples, ranked by a reward, for algo=dpo (settings: conf/rank_pairs.yaml).
 
 rlft rank algo.path=pairs.jsonl model=tiny data=reviews reward=sentiment
 rlft train algo=dpo data=preferences data.source.path=pairs.jsonl
@@ -24,7 +24,7 @@ def _job(config: DictConfig) -> None:
     settings = checked(config)  # before anything heavy is imported
     from rlft.build import build
 
-    pairs: Any = build(settings).algorithm  # built in an algorithm's place
+    pairs: Any = build(settings).algorithm  # conf/rank_pairs.yaml puts them in the algorithm's place
     found = pairs.write(lambda number: print(f"\r{number:,} pairs", end="", flush=True, file=sys.stderr))
     print(file=sys.stderr)
     print(f"rlft: {pairs.path}: " + ", ".join(f"{name} {value:,.6g}" for name, value in found.items()))

@@ -1,7 +1,7 @@
-"""rlft report: finished runs to a table, samples and a picture.
+"""rlft report: a table, samples and plots of finished runs.
 
-RUNS are run directories, or directories that hold some; runs of the same `name` are seeds of one setting.
-Writes DIRECTORY/results.md, curves.png where the runs have the reward, and training.png with --train.
+RUNS are run directories, or directories that contain some; runs with the same `name` are seeds of one setting.
+Writes DIRECTORY/results.md, curves.png if the runs have the reward, and training.png with --train.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ METRICS = (
 
 
 def parser() -> Parser:
-    report = Parser(
-        "report",
-        __doc__,
-        examples=("rlft report outputs/grpo --out report", "rlft report outputs --out report --samples 2 --train kl"),
-    )
+    examples = ("rlft report outputs/grpo --out report", "rlft report outputs --out report --samples 2 --train kl")
+    report = Parser("report", __doc__, examples=examples)
     report.add_argument("runs", nargs="+", type=Path)
     report.add_argument("--out", type=Path, required=True, help="directory of results.md and curves.png")
-    report.add_argument("--metrics", nargs="+", help="columns of the table, as in summary.json")
-    report.add_argument("--reward", help="the metric that is drawn; eval/reward where the runs have it")
-    report.add_argument("--samples", type=int, default=0, help="held-out samples before and after, for each name")
-    report.add_argument("--at-kl", nargs="+", type=float, default=[], help="columns: the reward at so many nats of KL")
-    report.add_argument("--train", nargs="+", default=[], help="metrics of metrics.jsonl to draw over training")
+    report.add_argument("--metrics", nargs="+", help="columns of the table, by their names in summary.json")
+    report.add_argument("--reward", help="the metric to plot; by default eval/reward, if the runs have it")
+    report.add_argument("--samples", type=int, default=0, help="held-out samples to show, before and after training")
+    report.add_argument("--at-kl", nargs="+", type=float, default=[], help="add columns: the reward at a KL of N nats")
+    report.add_argument("--train", nargs="+", default=[], help="metrics of metrics.jsonl to plot over training")
     return report
 
 

@@ -1,19 +1,19 @@
-"""rlft sample: what a policy writes behind a prompt, shown as it is drawn.
+"""rlft sample: a policy's completions of a prompt, shown while they are drawn.
 
 POLICY is a run directory, one of its checkpoints, a model in Hugging Face format, or a name on its hub. Prompts are
 given by --prompt, or line by line in a file or on stdin; an empty one starts from the end-of-text token. The same seed,
-prompt and place in the list give the same completion.
+prompt and position in the list give the same completion.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlft.cli.evaluate import TRUST
 from rlft.cli.parser import Parser
 from rlft.core.errors import ConfigError, DataError
 
@@ -22,15 +22,12 @@ if TYPE_CHECKING:
 
 
 def parser() -> Parser:
-    sample = Parser(
-        "sample",
-        __doc__,
-        examples=(
-            'rlft sample package:rlft/assets/tiny --prompt "The film" -n 3',
-            'rlft sample outputs/grpo/2026-01-01_12-00-00-s0 --prompt "The film" --greedy',
-            "head -5 prompts.txt | rlft sample outputs/grpo/2026-01-01_12-00-00-s0 --json > completions.jsonl",
-        ),
+    examples = (
+        'rlft sample package:rlft/assets/tiny --prompt "The film" -n 3',
+        'rlft sample outputs/grpo/2026-01-01_12-00-00-s0 --prompt "The film" --greedy',
+        "head -5 prompts.txt | rlft sample outputs/grpo/2026-01-01_12-00-00-s0 --json > completions.jsonl",
     )
+    sample = Parser("sample", __doc__, examples=examples)
     sample.add_argument("policy", metavar="POLICY")
     sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     sample.add_argument("--file", metavar="FILE", help="a prompt in each line; - for stdin")
@@ -44,7 +41,7 @@ def parser() -> Parser:
     sample.add_argument("--chat", action="store_true", help="a prompt is a user's message, put into the chat template")
     sample.add_argument("--json", action="store_true", help="JSON lines: prompt, completion, finish_reason, tokens")
     sample.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    sample.add_argument("--trusted-modules", action="append", default=[], metavar="MODULE", help=TRUST)
+    sample.add_trusted_modules()
     return sample
 
 
@@ -69,12 +66,10 @@ def run(arguments: list[str]) -> int:
     if policy.mask_id is not None:
         raise ConfigError(f"{args.policy} is a bidirectional policy (algo=denoise), which does not continue a prompt")
     rows = [(text, _ids(text, tokenizer, chat=args.chat, room=policy.context_length)) for text in prompts]
+    draw = functools.partial(stream, policy, sampling=sampling, eos_id=tokenizer.eos_id, seed=args.seed)
     for number, (text, ids) in enumerate(rows):
         for member in range(args.n):
-            drawn = stream(
-                policy, ids, sampling=sampling, eos_id=tokenizer.eos_id, seed=args.seed, prompt_number=number,
-                member=member,
-            )  # fmt: skip
+            drawn = draw(ids, prompt_number=number, member=member)
             if args.json:
                 _print_json(text, list(drawn), tokenizer)
             else:
@@ -83,7 +78,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _lines(file: str | None, *, has_prompts: bool) -> Iterator[str]:
-    """Yield the lines of a file or of stdin; of stdin also where nothing else is given and it is no terminal."""
+    """Yield the lines of a file, or of stdin: for `-`, or if no prompt is given and it is not a terminal."""
     if file is None and (has_prompts or sys.stdin.isatty()):
         return
     try:
@@ -97,7 +92,7 @@ def _lines(file: str | None, *, has_prompts: bool) -> Iterator[str]:
 
 
 def _ids(text: str, tokenizer: Tokenizer, *, chat: bool, room: int) -> list[int]:
-    """Return a prompt's ids: as text, or as a user's message in the tokenizer's chat template."""
+    """Return the ids of a prompt: of its text, or of a user's message in the tokenizer's chat template."""
     if chat:
         if tokenizer.hf.chat_template is None:
             raise ConfigError("--chat: this policy's tokenizer has no chat template; leave the flag out")

@@ -13,7 +13,14 @@ from omegaconf import DictConfig
 
 from rlft.cli.hydra_main import compose_and_call
 
-PLACES = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")  # flags that say where YAML files are
+PLACES = (
+    "--config-dir",
+    "-cd",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+)  # Hydra's flags for YAML files
 
 
 def run(arguments: list[str]) -> int:
@@ -41,10 +48,9 @@ def one_run(config: DictConfig, overrides: list[str]) -> int:
 
 
 def sweep_job(arguments: list[str], *, given: list[str]) -> int:
-    """Run one job of a sweep in a fresh process: no memory and no random state leaks from one to the next.
+    """Run one job of a sweep in a fresh process, so that no memory or random state leaks, and return its exit code.
 
-    SIGTERM and SIGINT are handed on, so that the job saves its checkpoint; its exit code is returned. `given` is what
-    this process was started with.
+    SIGTERM and SIGINT are passed on, so that the job saves a checkpoint. `given` are this process's own arguments.
     """
     job = subprocess.Popen([*_this_command(given), *arguments], start_new_session=True)
     before = {
@@ -53,22 +59,22 @@ def sweep_job(arguments: list[str], *, given: list[str]) -> int:
     }
     try:
         code = job.wait()
-        return code if code >= 0 else 128 - code  # a job that a signal killed, as a shell says it
+        return code if code >= 0 else 128 - code  # killed by a signal: the exit code of a shell
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _this_command(given: list[str]) -> list[str]:
-    """Return how this process was started, without its settings: python train.py, rlft train, python -m rlft train."""
+    """Return this process's command without its settings: python train.py, rlft train, or python -m rlft train."""
     start = len(sys.orig_argv) - len(given)
     if sys.orig_argv[start:] == given:
         return [sys.executable, *sys.orig_argv[1:start]]
-    return [sys.executable, "-m", "rlft", "train"]  # another program runs this one as a part of itself
+    return [sys.executable, "-m", "rlft", "train"]  # called from within another program
 
 
 def places(arguments: list[str]) -> list[str]:
-    """Return what says where a sweep's YAML files are: --config-dir, --config-path, --config-name, hydra.searchpath."""
+    """Return the arguments that say where YAML files are: the flags in `PLACES`, and hydra.searchpath."""
     kept = []
     for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = flag.partition("=")

@@ -1,4 +1,4 @@
-"""rlft verify: check every online algorithm against exact answers; exit code 1 when one of them is wrong."""
+"""rlft verify: check every online algorithm against exact answers; exit code 1 if one of them is wrong."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ from rlft.cli.parser import Parser, output_directory
 from rlft.core.errors import ConfigError
 
 EXIT_WRONG = 1
-WIDTH = 150  # of the table, where standard output is no terminal
+WIDTH = 150  # of the table, if standard output is not a terminal
 
 
 def parser() -> Parser:
     verify = Parser("verify", __doc__, examples=("rlft verify", "rlft verify --only grpo kl --out outputs/verify"))
-    verify.add_argument(
-        "--out", type=Path, default=Path("outputs/verify"), help="directory of verify.md, verify.json, frontier.png"
-    )
-    verify.add_argument("--only", nargs="+", default=[], metavar="NAME", help="algorithms (grpo), or parts (kl)")
+    verify.add_argument("--out", type=Path, default=Path("outputs/verify"), help="where to write tables and plot")
+    verify.add_argument("--only", nargs="+", default=[], metavar="NAME", help="algorithms (grpo) or parts (kl)")
     return verify
 
 
 def run(arguments: list[str]) -> int:
     args = parser().parse(arguments)
-    return _verify(output_directory(args.out), args.only)
-
-
-def _verify(out: Path, only: list[str]) -> int:
+    out = output_directory(args.out)
     import torch
     from rich.console import Console
 
@@ -37,10 +32,10 @@ def _verify(out: Path, only: list[str]) -> int:
         raise ConfigError(f"{error}: pip install 'rlft[plots]'") from error
     from rlft.verify.runner import verify
 
-    torch.set_num_threads(1)  # tables are tiny: threads would wait for each other
+    torch.set_num_threads(1)  # the tensors are tiny: more threads are slower
     console, started = Console(width=None if sys.stdout.isatty() else WIDTH), time.perf_counter()
     with console.status("verifying") as status:
-        findings = verify(only, started=lambda name: status.update(f"verifying {name}"))
+        findings = verify(args.only, started=lambda name: status.update(f"verifying {name}"))
     seconds = time.perf_counter() - started
     console.print(page.table(findings.rows))
     page.write_json(findings.rows, findings.trained, out / "verify.json", seconds=seconds)

@@ -1,7 +1,7 @@
-"""Writing a completion as an environment in Gymnasium's API: an action is a token, an episode a completion.
+"""A Gymnasium environment in which an action is a token and an episode is a completion.
 
-The prompts, the tokenizer and the rewards are those of the rollout (`rlft/rollout/engine.py`), and so are the ends of
-an episode: a policy's completion, replayed token by token, has the return that `RewardSum` gives it there.
+Prompts, tokenizer, rewards and the end of an episode are those of a rollout (`rlft/rollout/engine.py`): a policy's
+completion, replayed token by token, has the return that `RewardSum` gives it there.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ OPTIONS = ("prompt",)
 
 
 class TextEnv(gymnasium.Env[dict[str, Any], np.int64]):
-    """A prompt is continued one token at a time; the completion is rewarded at its end.
+    """The agent continues a prompt one token at a time; the completion is rewarded at its end.
 
-    Observation: `ids`, int64 `[context_length]`, the prompt and what was written so far, 0 after it; `length`, how many
-    of them count. (The padding's id 0 is a token too: only `length` says where the text ends.)
+    Observation: `ids`, int64 [context_length], the prompt and the completion so far, padded by 0; `length`, the number
+    of ids before the padding. (0 is also a token's id: only `length` says where the text ends.)
     Action: a token's id, in 0 .. `vocab_size` - 1.
-    Reward: 0 until the end, then the weighted sum of the rewards (of a token-level one the sum over the completion: a
-    reward sees whole completions only); 0 where none counts it, which `info["is_counted"]` tells from a reward of 0.
-    End: terminated by the end-of-text token; truncated after `max_new_tokens`, or where the context is full.
-    Info: `prompt`, its text; at the end also `completion`, its text; `rewards`, name to value before its weight, or
-    None as the reward returned it; `is_counted`.
+    Reward: 0 until the end, then the weighted sum of the rewards (a token-level one is summed over the completion, as
+    rewards see whole completions only); 0 if no reward counts the completion, and then `info["is_counted"]` is false.
+    End: terminated by the end-of-text token; truncated after `max_new_tokens`, or when the context is full.
+    Info: `prompt`, its text; at the end also `completion`, its text; `rewards`, by name, each before its weight and
+    None if the reward returned None; `is_counted`.
 
-    Episode n after `reset(seed=s)` has the n-th prompt of the shuffled epochs of seed s: the prompts of a run of that
-    seed with `prompts_per_step=1`, in its order. Before any seed is given it is 0.
+    Episode n after `reset(seed=s)` has the n-th prompt of the shuffled epochs of seed s, as step n of a run with that
+    seed and `prompts_per_step=1` has. The seed is 0 until one is given.
 
     Arguments:
-        data: the prompts. tokenizer: the one they were encoded with.
+        data: the prompts. tokenizer: the one that encoded them.
         rewards: called for one completion at a time.
-        max_new_tokens: the longest completion, its end token included.
-        context_length: the most tokens of prompt and completion together, as a policy's positions allow.
-        split: whose prompts.
-        vocab_size: the policy's, where it is larger than the tokenizer's (None).
+        max_new_tokens: the largest number of tokens in a completion, its end token included.
+        context_length: the largest number of tokens in prompt and completion together: the policy's positions.
+        split: the split that prompts are taken from.
+        vocab_size: the policy's, if it is larger than the tokenizer's; None: the tokenizer's.
 
-    Raises `ConfigError` for sizes that are not allowed, `DataError` where there is no prompt, or one fills the context.
+    Raises `ConfigError` for sizes that are not allowed, `DataError` if there is no prompt, or if one fills the context.
     """
 
     def __init__(
@@ -81,23 +81,19 @@ class TextEnv(gymnasium.Env[dict[str, Any], np.int64]):
         self.tokenizer, self.rewards = tokenizer, rewards
         self.max_new_tokens, self.context_length, self.vocab_size = max_new_tokens, context_length, vocab_size
         self.action_space = spaces.Discrete(vocab_size)
-        self.observation_space = spaces.Dict(
-            {
-                "ids": spaces.Box(0, vocab_size - 1, (context_length,), np.int64),
-                "length": spaces.Discrete(context_length, start=1),
-            }
-        )
+        ids = spaces.Box(0, vocab_size - 1, (context_length,), np.int64)
+        self.observation_space = spaces.Dict({"ids": ids, "length": spaces.Discrete(context_length, start=1)})
         self._seed, self._episode = 0, 0  # of the next episode
-        self._prompt: Prompt | None = None  # None: no episode is under way
+        self._prompt: Prompt | None = None  # None while no episode is under way
         self._completion: list[int] = []
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode with the next prompt, or with that of index `options["prompt"]` in the split.
+        """Start an episode with the next prompt, or with number `options["prompt"]` of the split.
 
-        A `seed` starts the count of episodes anew. An episode whose prompt was given counts as well.
-        Raises `ConfigError` for an unknown option or an index that is no prompt's.
+        A `seed` restarts the count of episodes, in which episodes with a given prompt count as well.
+        Raises `ConfigError` for an unknown option or a number that no prompt has.
         """
         super().reset(seed=seed)
         if seed is not None:
@@ -109,7 +105,7 @@ class TextEnv(gymnasium.Env[dict[str, Any], np.int64]):
         return self._observation(self._prompt), {"prompt": self._prompt.text}
 
     def step(self, action: int | np.integer) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Append a token; raises `ResetNeeded` where no episode is under way, `ValueError` for what is no token."""
+        """Append a token; raises `ResetNeeded` if no episode is under way, `ValueError` if the action is no token."""
         prompt = self._prompt
         if prompt is None:
             raise ResetNeeded("no episode is under way: call reset() first, and again after each end")
@@ -140,7 +136,7 @@ class TextEnv(gymnasium.Env[dict[str, Any], np.int64]):
         return {"ids": ids, "length": np.int64(len(written))}
 
     def _scored(self, prompt: Prompt) -> tuple[float, dict[str, Any]]:
-        """Return the finished completion's reward, and what `info` says of it."""
+        """Return the reward of the finished completion, and its part of `info`."""
         completion = self.tokenizer.decode(self._completion)
         scored = self.rewards(
             prompts=[prompt.text],

@@ -240,13 +240,12 @@ class GPT2(CausalLM):
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         c = self.config
         dtype = str(self.wte.weight.dtype).removeprefix("torch.")
-        config = {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-            "vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_embd": c.n_embd, "n_layer": c.n_layer,
-            "n_head": c.n_head, "layer_norm_epsilon": c.layer_norm_epsilon, "resid_pdrop": c.dropout,
-            "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "initializer_range": 0.02,
-            "tie_word_embeddings": True, "dtype": dtype, "bos_token_id": eos_id, "eos_token_id": eos_id,
-        }  # fmt: skip
+        same = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
+        config: dict[str, object] = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+        config |= {"activation_function": "gelu_new"} | {name: getattr(c, name) for name in same}
+        config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), c.dropout)
+        config |= {"initializer_range": 0.02, "tie_word_embeddings": True, "dtype": dtype}
+        config |= {"bos_token_id": eos_id, "eos_token_id": eos_id}
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def _initialise(self, seed: int, initializer_range: float) -> None:

@@ -15,10 +15,9 @@ from rlft.text.tokenizer import Tokenizer
 
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that use a tokenizer.json unchanged
 _OF_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_HARMLESS = (  # settings of a tokenizer_config.json that change neither encoding nor decoding
-    "backend", "chat_template", "is_local", "local_files_only", "model_input_names", "model_max_length",
-    "padding_side", "tokenizer_class", "truncation_side",
-)  # fmt: skip
+# Settings of a tokenizer_config.json that change neither encoding nor decoding.
+_OF_FILES = ("backend", "is_local", "local_files_only", "tokenizer_class")
+_HARMLESS = (*_OF_FILES, "chat_template", "model_input_names", "model_max_length", "padding_side", "truncation_side")
 
 
 def huggingface(path: str) -> Tokenizer:

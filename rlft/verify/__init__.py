@@ -1,5 +1,5 @@
-"""Every online algorithm against exact answers, on tasks that can be enumerated: rlft verify (`run`).
+"""`rlft verify`: every online algorithm against exact answers, on tasks whose completions can all be listed.
 
-`tasks`, `policy` and `exact` are what the answers come from, `formulas` and `weights` the papers' formulas as loops;
+`enumerable`, `policy` and `exact` give the answers; `formulas` and `token_weights` are the papers' formulas as loops;
 `groups`, `sampled`, `neural`, `refill`, `divergence`, `invariance` and `training` each measure one kind of property.
 """

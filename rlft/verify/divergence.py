@@ -1,9 +1,9 @@
-"""The KL penalty, in value and in gradient: what each estimator is on average, and what each place of it trains.
+"""The KL penalty: the mean of each estimator and of its gradient, what a run trains by it, and what it logs.
 
-Per completion and on policy (J. Schulman, "Approximating KL divergence", 2020): E[k1] = E[k3] = KL(pi || ref), E[k2] is
-neither; E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad KL(ref || pi). In the loss an estimator is
-taken of each token: then the same holds of the next-token distributions, at the contexts that the policy visits, and
-how often it visits them is not trained. In the reward it is: there the whole gradient of KL(pi || ref) comes out.
+For completions drawn from the policy (J. Schulman, "Approximating KL divergence", 2020): E[k1] = E[k3] = KL(pi || ref),
+and E[k2] is not; E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad KL(ref || pi). In the loss an
+estimator is taken of each token: the same then holds for the next-token distributions at the contexts that the policy
+visits, and how often it visits them gets no gradient. In the reward the gradient is that of the whole KL(pi || ref).
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rlft.core.metrics import Metrics
 from rlft.functional import kl as estimators
 from rlft.verify import exact
-from rlft.verify.cases import KL, Case
+from rlft.verify.cases import KL, TEMPERATURE, Case
 from rlft.verify.enumerable import Task, endings, random_table
 from rlft.verify.formulas import Formula
-from rlft.verify.groups import SAME, TEMPERATURE, Enumeration
+from rlft.verify.groups import Enumeration
 from rlft.verify.listed import loss_of
 from rlft.verify.policy import TabularPolicy
-from rlft.verify.verdict import Row
+from rlft.verify.verdict import SAME, Row, same
 
 COEF = 0.5  # as `KL` sets it
 IN_LOSS, IN_REWARD = ("k2", "k3", "exact"), "in_reward"
@@ -42,7 +40,7 @@ def _of_completions() -> list[Row]:
     forwards, backwards = exact.kl(logp, logq), (logq.exp() * (logq - logp)).sum()
     value = float(forwards.detach())
     by_hand = 0.5 * float((chance * (logp - logq).detach().square()).sum())
-    assert abs(by_hand - value) > 0.05  # else E[k2] = KL would not be seen
+    assert abs(by_hand - value) > 0.05  # or a k2 that is the KL on average would pass
     found = []
     for name, wanted in (("k1", value), ("k2", by_hand), ("k3", value)):
         mean = (chance * getattr(estimators, name)(logp, logq)).sum()
@@ -54,34 +52,32 @@ def _of_completions() -> list[Row]:
         ("k3", backwards, "grad KL(ref || pi)"),
     ):
         off = (chance * getattr(estimators, name)(logp, logq)).sum() - of
-        found.append(Row("kl", f"E[grad {name}] = {text}", 0.0, float(_gradient(off, policy).abs().max()), SAME))
+        found.append(Row("kl", f"E[grad {name}] = {text}", 0.0, float(exact.gradient(off, policy).abs().max()), SAME))
     return found
 
 
 def _trained() -> list[Row]:
-    """What a run's loss trains, rewards being zero: the expectation over every completion, through collect and loss."""
+    """What a run's loss trains when all rewards are 0: its expected gradient, through the real `collect` and `loss`."""
     task = replace(endings(((0,),), 2, 3), reward=lambda _, ids: 0.0)
     found = []
     for choice in (*IN_LOSS, IN_REWARD):
         made = Enumeration(_case(choice), task, 1)
         expectation = made.expectation()
         wanted = COEF * _what_is_trained(choice, made.policy, made.reference, task)
-        distance = float(np.abs(expectation.real[0] - wanted).max() / np.abs(wanted).max())
         text = {
             "k2": "k2 in the loss: E[gradient] = that of KL(pi || ref) of the tokens",
             "k3": "k3 in the loss: E[gradient] = that of KL(ref || pi) of the tokens",
             "exact": "exact in the loss: E[gradient] = that of KL(pi || ref) of the tokens",
             IN_REWARD: "k1 in the reward: E[gradient] = that of KL(pi || ref) of the completion",
         }[choice]
-        found.append(Row("kl", text, 0.0, distance, SAME))
-        found.append(
-            Row("kl", f"{text.split(':')[0]}: each gradient = its formula's", 0.0, max(expectation.distance), SAME)
-        )
+        found.append(same("kl", text, expectation.real[0], wanted))
+        text = f"{text.split(':')[0]}: each gradient = its formula's"
+        found.append(Row("kl", text, 0.0, max(expectation.distance), SAME))
     return found
 
 
 def _logged() -> list[Row]:
-    """The metrics `kl` and `kl_exact`, nats a token, over every completion of a task in which all have one length."""
+    """The means of the metrics `kl` and `kl_exact`, nats a token, where all completions have one length."""
     task = random_table(3, 2)
     found = []
     for choice in ("k3", "exact", IN_REWARD):
@@ -108,21 +104,11 @@ def _case(choice: str) -> Case:
 
 
 def _what_is_trained(choice: str, policy: TabularPolicy, reference: TabularPolicy, task: Task) -> np.ndarray:
-    """Return the gradient by which a penalty of strength 1 moves the table, by autograd over exact expectations."""
-    logp, logq = (torch.log_softmax(p.table / TEMPERATURE, -1) for p in (policy, reference))
-    logq = logq.detach()
+    """Return the expected gradient of a penalty of strength 1, [contexts * V], by autograd of exact expectations."""
     if choice == IN_REWARD:
         whole = (exact.logprobs(p, task, temperature=TEMPERATURE) for p in (policy, reference))
-        return _gradient(exact.kl(*whole), policy).numpy().ravel()
-    visits = torch.zeros(len(task.contexts), dtype=torch.float64)
-    for ids, chance in zip(
-        task.completions, exact.logprobs(policy, task, temperature=TEMPERATURE)[0].exp(), strict=True
-    ):
-        for t in range(len(ids)):
-            visits[task.places[task.prompts[0] + ids[:t]]] += chance.detach()
-    forwards, backwards = (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)
-    return _gradient((visits * (backwards if choice == "k3" else forwards)).sum(), policy).numpy().ravel()
-
-
-def _gradient(value: Tensor, policy: TabularPolicy) -> Tensor:
-    return torch.autograd.grad(value, policy.table, retain_graph=True)[0]
+        return exact.gradient(exact.kl(*whole), policy).numpy()
+    chance = exact.logprobs(policy, task, temperature=TEMPERATURE)[0].exp().detach()
+    forwards, backwards = exact.token_kls(policy, reference, temperature=TEMPERATURE)
+    held = (exact.visits(task, chance) * (backwards if choice == "k3" else forwards)).sum()
+    return exact.gradient(held, policy).numpy()

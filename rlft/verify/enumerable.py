@@ -1,6 +1,6 @@
-"""Tasks so small that every completion can be listed: its probability, its reward and the best policy are exact.
+"""Tasks whose completions can all be listed, so that probabilities, rewards and the best policy are known exactly.
 
-A task goes through the real tokenizer, prompts and rewards, so that what is measured on it is what a run does.
+A task uses the real tokenizer, prompts and rewards, so that it measures the code that runs use.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Completion = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Task:
-    """What follows a prompt, and what it is worth.
+    """Prompts, their possible completions, and the rewards of these.
 
     Arguments:
         prompts: ids of each prompt, none twice.
-        vocab_size: V; the letters "abc…" are ids 0, 1, 2, …
-        length: T, the longest completion.
-        ends: whether id V - 1 is the end token; else every completion has T tokens.
-        reward: of (number of the prompt, completion, its end token included): a value that float32 holds exactly.
-        token_rewards: the same as one reward for each token, which add up to `reward`; None: it comes at the end.
+        vocab_size: V; ids 0, 1, 2, … are the letters "abc…".
+        length: T, the largest number of tokens in a completion.
+        ends: whether id V - 1 is the end token; if not, every completion has T tokens.
+        reward: called with (index of the prompt, completion with its end token); its values are exact in float32.
+        token_rewards: one reward for each token, with the sum `reward`; None: the whole reward is at the last token.
     """
 
     prompts: tuple[Completion, ...]
@@ -51,9 +51,9 @@ class Task:
 
     @functools.cached_property
     def contexts(self) -> list[Completion]:
-        """Prompt and completion before each token that a policy may draw; prompt by prompt, short ones first.
+        """All that can precede a token of a completion (prompt and tokens so far), prompt by prompt, short ones first.
 
-        Where one prompt goes on as another one begins, they share contexts, as in any language model.
+        A prompt that is the beginning of another one shares contexts with it, as in any language model.
         """
         openings = [ids for ids in _prefixes(self, self.length - 1) if not self._has_ended(ids)]
         return list(dict.fromkeys(prompt + opening for prompt in self.prompts for opening in openings))
@@ -71,23 +71,23 @@ class Task:
 
     @functools.cached_property
     def tokenizer(self) -> CharacterTokenizer:
-        """One letter for each id; the end token, where there is one, is the last id, and else one that is never met."""
+        """One letter for each id; the end token is the last id, or one beyond the vocabulary where nothing ends."""
         return characters(alphabet="".join(chr(ord("a") + i) for i in range(self.vocab_size - self.ends)))
 
     def likeliest(self, table: np.ndarray, prompt: int) -> Completion:
-        """Return the completion that takes the likeliest token at each place, by logits [contexts, V]."""
+        """Return the greedy completion under logits [contexts, V]."""
         ids: Completion = ()
         while len(ids) < self.length and not self._has_ended(ids):
             ids += (int(table[self.places[self.prompts[prompt] + ids]].argmax()),)
         return ids
 
     def policy(self, *, seed: int, spread: float) -> TabularPolicy:
-        """Return a table with logits from N(0, spread), a pure function of the seed; spread 0 is uniform."""
+        """Return a policy with logits from N(0, spread^2), a pure function of the seed; spread 0 is uniform."""
         noise = generator(seed, "verify/table").standard_normal((len(self.contexts), self.vocab_size))
         return TabularPolicy(self.contexts, spread * torch.from_numpy(noise))
 
     def data(self, *, eval_copies: int = 1) -> PromptData:
-        """Return the prompts as a run reads them; for an evaluation each of them `eval_copies` times."""
+        """Return the prompts as a run reads them; the evaluation has each of them `eval_copies` times."""
         return PromptData(_Prompts(self, eval_copies), tokenizer=self.tokenizer)
 
     def reward_sum(self) -> RewardSum:
@@ -103,7 +103,7 @@ class Task:
 
 
 class ExactRewards(RewardSum):
-    """Totals in float64, so that nothing rounds but what is verified."""
+    """Totals in float64, so that the only rounding is that of the verified code."""
 
     def __call__(self, **keywords: Any) -> RewardOutput:
         made = super().__call__(**keywords)
@@ -134,30 +134,31 @@ def _prefixes(task: Task, length: int) -> list[Completion]:
 
 
 def token_count(vocab_size: int = 3, length: int = 4) -> Task:
-    """Dense: one for each token 0. Its best policy draws every token alike, with p(0) in proportion to exp(1/beta)."""
-    return Task(
-        ((0,),), vocab_size, length, False, lambda _, ids: float(ids.count(0)),
-        lambda _, ids: [float(token == 0) for token in ids],
-    )  # fmt: skip
+    """A dense reward: 1 for each token 0. The best policy has p(0) proportional to exp(1/beta) at every position."""
+
+    def of_tokens(_: int, ids: Completion) -> list[float]:
+        return [float(token == 0) for token in ids]
+
+    return Task(((0,),), vocab_size, length, False, lambda _, ids: float(ids.count(0)), of_tokens)
 
 
 def parity(vocab_size: int = 3, length: int = 4) -> Task:
-    """Sparse: one where token 0 stands an odd number of times; the last token alone decides."""
+    """A sparse reward: 1 if token 0 occurs an odd number of times, which the last token decides."""
     return Task(((0,),), vocab_size, length, False, lambda _, ids: float(ids.count(0) % 2))
 
 
 def match(prompts: tuple[Completion, ...], vocab_size: int, length: int) -> Task:
-    """Sparse and of unequal lengths: one where a completion ends after just one token, nothing else pays."""
+    """A sparse reward and unequal lengths: 1 if the completion ends after exactly one token, else 0."""
     return Task(prompts, vocab_size, length, True, lambda _, ids: float(len(ids) == 2 and ids[1] == vocab_size - 1))
 
 
 def endings(prompts: tuple[Completion, ...], vocab_size: int, length: int, *, seed: int = 0) -> Task:
-    """Completions end where the policy says; a random table of rewards, another for each prompt, in 64ths."""
+    """Completions may end early; random rewards in 64ths, for each prompt and completion."""
     return Task(prompts, vocab_size, length, True, _table(prompts, vocab_size, length, seed))
 
 
 def dense(prompts: tuple[Completion, ...], vocab_size: int, length: int, *, seed: int = 0) -> Task:
-    """Completions end where the policy says; every token has a random reward by its place, another for each prompt."""
+    """Completions may end early; random rewards in 64ths for each prompt, position and token."""
     drawn = generator(seed, "verify/dense").integers(-64, 65, (len(prompts), length, vocab_size)) / 64
 
     def of_tokens(prompt: int, ids: Completion) -> list[float]:
@@ -167,13 +168,13 @@ def dense(prompts: tuple[Completion, ...], vocab_size: int, length: int, *, seed
 
 
 def random_table(vocab_size: int, length: int, *, seed: int = 0) -> Task:
-    """A random table of rewards, in 64ths, for completions of one length."""
+    """Completions of one length with random rewards in 64ths."""
     prompts = ((0,),)
     return Task(prompts, vocab_size, length, False, _table(prompts, vocab_size, length, seed))
 
 
 def two_prompts(vocab_size: int = 3, length: int = 3) -> Task:
-    """Two prompts with different optima: after the first, token 0 pays, after the second, token 1."""
+    """Two prompts with different optima: the reward counts token 0 after the first, token 1 after the second."""
     return Task(((0,), (1, 2)), vocab_size, length, False, lambda p, ids: float(ids.count(p)))
 
 

@@ -6,7 +6,7 @@ With a prompt drawn uniformly, completions y and a frozen reference,
     J(pi) = J* - beta KL(pi || pi*)
 
 (Peters and Schaal, 2007; Levine, arXiv:1805.00909; Rafailov et al., arXiv:2305.18290, appendix A.1). Everything here is
-in float64 and goes through plain forwards of whole sequences: no cache, no scorer, no sampler.
+in float64 and from plain forward passes of whole sequences: no cache, no scorer, no sampler.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlft.models.base import CausalLM
 from rlft.verify.enumerable import Task
+from rlft.verify.policy import TabularPolicy
 
 
 def logprobs(policy: CausalLM, task: Task, *, temperature: float = 1.0) -> Tensor:
@@ -29,7 +30,7 @@ def logprobs(policy: CausalLM, task: Task, *, temperature: float = 1.0) -> Tenso
     for prompt in task.prompts:
         whole = torch.cat([torch.tensor(prompt).expand(len(ids), -1), ids], dim=1)
         hidden = policy(whole[:, :-1])[:, len(prompt) - 1 :]
-        hidden = torch.where(counted[..., None], hidden, 0.0)  # what follows an end is no context
+        hidden = torch.where(counted[..., None], hidden, 0.0)  # what follows an end token is not scored
         logp = torch.log_softmax(hidden @ policy.head_weight.t() / temperature, dim=-1)
         tokens = logp.gather(-1, ids[..., None])[..., 0]
         rows.append(torch.where(counted, tokens, 0.0).sum(1))
@@ -61,9 +62,15 @@ def objective(logp: Tensor, ref_logp: Tensor, rewards: Tensor, *, beta: float) -
     return expected_reward(logp, rewards) - beta * kl(logp, ref_logp)
 
 
+def gradient(value: Tensor, policy: CausalLM) -> Tensor:
+    """Return the gradient of a scalar by every weight of the policy, flat."""
+    gradients = torch.autograd.grad(value, list(policy.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients])
+
+
 @dataclass(frozen=True)
 class Optimum:
-    """The best that any policy can do under a KL of strength beta."""
+    """The policy that maximises E[r] - beta KL, and its values."""
 
     logp: Tensor  # [P, N] log pi*
     objective: float  # J*
@@ -80,10 +87,30 @@ def optimum(ref_logp: Tensor, rewards: Tensor, *, beta: float) -> Optimum:
     return Optimum(logp, float(beta * log_z.mean()), float(reward), float(divergence))
 
 
-def frontier(ref_logp: Tensor, rewards: Tensor, *, max_kl: float, points: int = 60) -> list[tuple[float, float]]:
-    """Return (KL, largest E[r] at that KL), by sweeping beta down until the KL passes `max_kl`.
+def regret(logp: Tensor, ref_logp: Tensor, rewards: Tensor, *, beta: float) -> float:
+    """Return J* - J, by how much a policy misses the optimum."""
+    best = optimum(ref_logp, rewards, beta=beta).objective
+    return best - float(objective(logp, ref_logp, rewards, beta=beta))
 
-    No policy is above it: pi*_beta maximises E[r] - beta KL, so it has the largest E[r] of all with its KL or less.
+
+def token_kls(policy: TabularPolicy, reference: TabularPolicy, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return KL(pi || ref) and KL(ref || pi) of the next token at each context, [contexts]."""
+    logp, logq = (torch.log_softmax(p.table / temperature, -1) for p in (policy, reference))
+    logq = logq.detach()
+    return (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)
+
+
+def visits(task: Task, chance: Tensor) -> Tensor:
+    """Return how often a policy comes to each context, [contexts], from its completions' chances [N] (one prompt)."""
+    rows = [task.places[task.prompts[0] + ids[:t]] for ids in task.completions for t in range(len(ids))]
+    each = chance.repeat_interleave(torch.tensor([len(ids) for ids in task.completions]))
+    return torch.zeros(len(task.contexts), dtype=chance.dtype).index_add(0, torch.tensor(rows), each)
+
+
+def frontier(ref_logp: Tensor, rewards: Tensor, *, max_kl: float, points: int = 60) -> list[tuple[float, float]]:
+    """Return points (KL, largest E[r] at that KL), for smaller and smaller beta until the KL passes `max_kl`.
+
+    No policy is above it: pi*_beta maximises E[r] - beta KL, so no policy with its KL or less has a larger E[r].
     """
     found = [(0.0, float(expected_reward(ref_logp, rewards)))]
     for beta in torch.logspace(1.5, -1.5, points).tolist():
@@ -97,8 +124,8 @@ def frontier(ref_logp: Tensor, rewards: Tensor, *, max_kl: float, points: int = 
 def attainable(ref_logp: Tensor, rewards: Tensor, divergence: float) -> tuple[float, float]:
     """Return the largest E[r] of a policy whose KL to the reference is `divergence`, and the beta whose pi* has it.
 
-    Found by bisection in log beta, which is also the frontier's slope there. At a KL of 0 beta is the largest that is
-    tried; beyond the KL of the best completions nothing more can be won, and it is the smallest.
+    Beta, which is also the frontier's slope there, is found by bisection of its logarithm between -4 and 4 (base 10).
+    It ends at the largest for a KL of 0, and at the smallest beyond the KL of the best completions.
     """
     low, high = -4.0, 4.0  # of log10 beta: the KL falls as beta rises
     for _ in range(60):

@@ -1,14 +1,14 @@
-"""Where an algorithm's own expected gradient vanishes: what it climbs to, which need not be the best of E[r] - beta KL.
+"""Fixed points: the policy at which an algorithm's expected gradient is 0, which need not maximise E[r] - beta KL.
 
-On a task whose completions have one length every aggregation is a constant, and the expected gradient of an algorithm
-with its KL in the loss is, but for that constant,
+On a task whose completions have one length, every aggregation multiplies by a constant. Up to that constant, the
+expected gradient of an algorithm with its KL in the loss is
 
     sum over y of p(y) A(y) grad log p(y) - coef sum over contexts c of rho(c) grad D(c)
 
-A(y) is the mean weight of a completion in a group with k - 1 others of the policy's, from the papers' formulas
-(`weights`), over all multisets of the others' rewards; rho(c) is how often the policy comes to c; D is KL(pi || ref) of
-the next token for k2, KL(ref || pi) for k3. Whitening and BNPO's fit are taken over an infinite batch. With the KL in
-the reward the fixed point is pi* itself: there r - beta log pi/ref is one constant, and every advantage of it is zero.
+A(y) is the mean weight of a completion in a group with k - 1 others drawn from the policy, by the papers' formulas
+(`token_weights`), over all multisets of the others' rewards; rho(c) is how often the policy visits c; D is
+KL(pi || ref) of the next token for k2, KL(ref || pi) for k3. Whitening and BNPO's fit are taken over an infinite batch.
+With the KL in the reward the fixed point is pi* itself: there r - beta log pi/ref is constant, so advantages are 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,53 +24,44 @@ from rlft.verify import exact, token_weights
 from rlft.verify.enumerable import Task
 from rlft.verify.formulas import Formula
 from rlft.verify.policy import TabularPolicy
+from rlft.verify.token_weights import Settings
 
 STEPS, RATE = 300, 0.1
 
 
 def climb(
-    formula: Formula,
-    settings: dict[str, Any],
-    task: Task,
-    policy: TabularPolicy,
-    reference: TabularPolicy,
-    *,
-    group_size: int,
+    formula: Formula, node: Settings, task: Task, policy: TabularPolicy, reference: TabularPolicy, *, group_size: int
 ) -> None:
-    """Move the policy to where the expected gradient of `formula` vanishes, by Adam on that gradient."""
+    """Move the policy, by Adam, to where the expected gradient of `formula` is 0."""
     values = sorted(set(task.rewards.flatten().tolist()))
     which = torch.searchsorted(torch.tensor(values, dtype=torch.float64), task.rewards[0])  # [N]
-    table = Weights(formula, settings, values, group_size)
-    logq = torch.log_softmax(reference.table, -1).detach()
+    table = Weights(formula, node, values, group_size)
     optimizer = torch.optim.Adam([policy.table], lr=RATE, betas=(0.9, 0.99))
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1.0 - step / STEPS)
         whole = exact.logprobs(policy, task)[0]
         chance = whole.exp().detach()
         advantage = table.expected(torch.zeros(len(values), dtype=torch.float64).index_add(0, which, chance))[which]
-        logp = torch.log_softmax(policy.table, -1)
-        forwards, backwards = (logp.exp() * (logp - logq)).sum(-1), (logq.exp() * (logq - logp)).sum(-1)
-        held = (visits(task, chance) * (backwards if formula.kl == "k3" else forwards)).sum()
-        loss = settings["kl"]["coef"] * held - (chance * advantage * whole).sum()
+        forwards, backwards = exact.token_kls(policy, reference)
+        held = (exact.visits(task, chance) * (backwards if formula.kl == "k3" else forwards)).sum()
+        loss = node["kl"]["coef"] * held - (chance * advantage * whole).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
 class Weights:
-    """The mean weight of a completion by its reward, given how likely each reward is."""
+    """The mean weight of a completion with each reward, given the probability of each reward."""
 
-    def __init__(self, formula: Formula, settings: dict[str, Any], values: list[float], group_size: int) -> None:
-        """`values` are the rewards that there are."""
+    def __init__(self, formula: Formula, settings: Settings, values: list[float], group_size: int) -> None:
+        """`values` are all rewards that a completion can have."""
         self.formula, self.settings, self.values, self.group_size = formula, settings, values, group_size
         self.others = list(itertools.combinations_with_replacement(range(len(values)), group_size - 1))
-        self.ways = torch.tensor([_ways(other) for other in self.others], dtype=torch.float64)  # orders of a multiset
+        self.ways = torch.tensor([_ways(other) for other in self.others], dtype=torch.float64)  # orders of each
         groups = [[[v, *(values[i] for i in other)] for other in self.others] for v in values]
-        kind = formula.advantage
-        if kind != "beta":
-            made = [
-                [_first(token_weights.OF_A_GROUP[kind](g, settings["advantage"]), g) for g in row] for row in groups
-            ]
+        if formula.advantage != "beta":
+            weights = token_weights.OF_A_GROUP[formula.advantage]
+            made = [[_first(weights(g, settings["advantage"]), g) for g in row] for row in groups]
             self.fixed = torch.tensor(made, dtype=torch.float64)  # [values, multisets]
 
     def expected(self, chances: Tensor) -> Tensor:
@@ -98,17 +88,8 @@ class Weights:
         return torch.tensor(rows, dtype=torch.float64)
 
 
-def visits(task: Task, chance: Tensor) -> Tensor:
-    """Return how often a policy comes to each context, [contexts], from its completions' probabilities [N]."""
-    rows = [task.places[task.prompts[0] + ids[:t]] for ids in task.completions for t in range(len(ids))]
-    lengths = torch.tensor([len(ids) for ids in task.completions])
-    return torch.zeros(len(task.contexts), dtype=chance.dtype).index_add(
-        0, torch.tensor(rows), chance.repeat_interleave(lengths)
-    )
-
-
 def _first(made: list[float], group: list[float]) -> float:
-    """Return the first member's weight, or the mean over its equals: their order is random."""
+    """Return the first member's weight, averaged over all members with its reward: their order is random."""
     equals = [w for w, r in zip(made, group, strict=True) if r == group[0]]
     return sum(equals) / len(equals)
 

@@ -1,6 +1,6 @@
-"""Gradients by hand: the papers' formulas as plain loops over the tokens of a table policy, autograd nowhere.
+"""Gradients by hand: the papers' formulas as plain loops over the tokens of a table policy, without autograd.
 
-Nothing here comes from rlft.functional or rlft.algos: it is what they are checked against. The policy is
+Nothing here comes from rlft.functional or rlft.algos, which are checked against it. The policy is
 p(v | c) = softmax(z[c] / temperature)[v], so d log p(a | c) / d z[c, v] = (1[v = a] - p(v | c)) / temperature.
 """
 
@@ -19,15 +19,15 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Formula:
-    """Which formulas an algorithm's paper puts together.
+    """The formulas that an algorithm's paper combines.
 
     Arguments:
-        advantage: return, baseline, gae, group_return (of tokens); mean, zscore, leave_one_out, greedy, beta, best,
-            softmax (of completions in their group); none.
+        advantage: of tokens: return, baseline, gae or group_return; of completions in their group: mean, zscore,
+            leave_one_out, greedy, beta, best or softmax; or none.
         surrogate: score, clipped, cispo, sequence (GSPO) or sapo.
         aggregation: token_mean, sequence_mean, sequence_sum or constant.
         kl: none, reward (k1), or k2, k3, exact in the loss.
-        is_whitened: advantages, over the tokens of the batch.
+        is_whitened: whether advantages are whitened over the tokens of the batch.
     """
 
     advantage: str
@@ -39,7 +39,7 @@ class Formula:
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion: the table's row for each context, the tokens with their rewards, and its prompt's greedy reward."""
+    """A completion: the table's row, the id and the reward of each token, and the reward of the greedy completion."""
 
     contexts: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -51,7 +51,7 @@ class Sample:
 class Tables:
     """Everything that is trained. A critic's value of a context is trunk[c] @ weight + bias.
 
-    The trunk is a table of its own, or the policy's where `critic` is None; without a critic `weight` is None too.
+    The trunk is the table `critic`, or the policy's where that is None; without a value head `weight` is None as well.
     """
 
     policy: Array  # [contexts, V] logits
@@ -76,7 +76,7 @@ class Tables:
         )
 
     def flat(self) -> Array:
-        """Return all numbers in one row, the policy's first."""
+        """Return all numbers as one vector, the policy's first."""
         parts = [self.policy] if self.critic is None else [self.policy, self.critic]
         parts += [] if self.weight is None else [self.weight, np.array([self.bias])]
         return np.concatenate([x.ravel() for x in parts])
@@ -87,12 +87,12 @@ class ByHand:
     """One algorithm's gradient on one batch, by loops.
 
     Arguments:
-        formula: what is put together.
-        settings: the composed YAML, for its constants.
+        formula: the algorithm's.
+        settings: its composed YAML, for the constants.
         old: [contexts, V] logits of the policy that samples. reference: [contexts, V] logits.
         temperature: divides both.
         length: the largest number of new tokens.
-        baseline: of REINFORCE's running mean.
+        baseline: the running mean of REINFORCE's rewards.
     """
 
     formula: Formula
@@ -104,7 +104,7 @@ class ByHand:
     baseline: float = 0.0
 
     def advantages(self, groups: list[list[Sample]], critic: Tables) -> tuple[list[list[float]], list[list[float]]]:
-        """Return advantages and the critic's targets, of every token of every row, by the tables that sampled."""
+        """Return the advantages and the critic's targets of each token of each row, under the tables that sampled."""
         f, s = self.formula, self.settings
         logp, logq = log_softmax(self.old, self.temperature), log_softmax(self.reference, self.temperature)
         coef = s["kl"]["coef"] if f.kl == "reward" else 0.0
@@ -136,9 +136,9 @@ class ByHand:
         return (token_weights.whitened(made) if f.is_whitened else made), targets
 
     def gradient(self, groups: list[list[Sample]], first: Tables, now: Tables) -> tuple[Tables, float]:
-        """Return the gradient of the loss at `now`, for a batch that `first` sampled, and the share of clipped tokens.
+        """Return the gradient of the loss at `now` for a batch sampled by `first`, and the share of clipped tokens.
 
-        At the first update on a batch the two are the same.
+        At the first update on a batch, `now` is `first`.
         """
         rows = [sample for group in groups for sample in group]
         advantages, targets = self.advantages(groups, first)
@@ -172,7 +172,7 @@ class ByHand:
         return self.settings["kl"]["coef"]
 
     def _share(self, length: int, num_rows: int, num_tokens: int) -> float:
-        """Return what a token of a completion of `length` tokens is multiplied by."""
+        """Return the aggregation's factor for each token of a completion of `length` tokens."""
         return {
             "token_mean": 1.0 / num_tokens,
             "sequence_mean": 1.0 / (length * num_rows),
@@ -185,7 +185,7 @@ class ByHand:
         s = self.settings["surrogate"]
         if self.formula.surrogate == "score":
             return [-a for a in advantages], 0
-        if self.formula.surrogate == "sequence":  # each token's loss holds the ratio of all, to the power 1 / length
+        if self.formula.surrogate == "sequence":  # one ratio for all tokens: the sequence's, to the power 1 / length
             ratio = math.exp(sum(log_ratios) / len(log_ratios))
             is_cut = token_weights.is_clipped(ratio, advantages[0], s["clip_low"], s["clip_high"])
             return [0.0 if is_cut else -ratio * a for a in advantages], len(advantages) * is_cut
@@ -207,7 +207,7 @@ class ByHand:
     def _with_values(
         self, policy: Array, rows: list[Sample], targets: list[list[float]], first: Tables, now: Tables
     ) -> Tables:
-        """Return the gradient with that of value_coef max((V - R)^2, (clamp(V) - R)^2) / 2, a mean over tokens."""
+        """Return the gradient with that of value_coef max((V - R)^2, (clamp(V) - R)^2) / 2 added, mean over tokens."""
         assert now.weight is not None
         trunk, weight, bias = np.zeros_like(now.trunk), np.zeros_like(now.weight), 0.0
         num_tokens, clip = sum(len(sample.tokens) for sample in rows), self.settings["value_clip"]
@@ -216,7 +216,7 @@ class ByHand:
                 value, before = now.value(c), first.value(c)
                 bounded = min(max(value, before - clip), before + clip)
                 if (bounded - target) ** 2 > (value - target) ** 2:
-                    continue  # the clamp holds the value, and its error is the larger: no gradient
+                    continue  # the clamped error is the larger, and constant: no gradient
                 slope = self.settings["value_coef"] * (value - target) / num_tokens
                 trunk[c] += slope * now.weight
                 weight += slope * now.trunk[c]

@@ -1,9 +1,9 @@
-"""How a batch is cut, padded and ordered must not matter: the same completions, the same gradient.
+"""The gradient must not depend on how a batch is cut into micro-batches, padded or ordered.
 
-A tiny GPT-2 samples prompts and completions of unequal length. They go through `collect` and `loss` as they are, then
-with columns of garbage behind prompts and completions, then with prompts and group members in another order; and the
-loss is taken whole, and summed over micro-batches of every kind. The policy is moved between the two, as after an
-optimizer step, so that ratios differ from 1.
+A tiny GPT-2 samples completions of unequal length after prompts of unequal length. They go through `collect` and `loss`
+as they are, with more padding (of garbage) behind prompts and completions, and with prompts and group members in
+another order; the loss is taken of the whole batch, and summed over micro-batches of several sizes. The policy is moved
+between `collect` and `loss`, as by an optimizer step, so that ratios differ from 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +24,11 @@ from rlft.data.prompts import Prompt
 from rlft.models.scorer import Scorer
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling
-from rlft.verify.cases import CASES, Case, composed
-from rlft.verify.groups import SAME, TEMPERATURE
+from rlft.verify.cases import CASES, TEMPERATURE, Case, composed
 from rlft.verify.listed import Listed
 from rlft.verify.neural import tiny_gpt
 from rlft.verify.training import trainer_of
-from rlft.verify.verdict import Row
+from rlft.verify.verdict import SAME, Row
 
 PROMPTS = ((0,), (1, 0), (2, 1, 0))
 GROUP_SIZE, GARBAGE = 4, 3  # GARBAGE: columns of padding
@@ -45,7 +43,7 @@ class Measured:
 
 
 def rows_of(case: Case) -> list[Row]:
-    """Return an algorithm's rows: the largest relative difference of loss, gradient and metrics."""
+    """Return an algorithm's rows: the largest relative difference in loss, gradient and metrics."""
     made = Bench(case)
     drawn = made.drawn()
     whole = made.measured(*drawn)
@@ -58,16 +56,14 @@ def rows_of(case: Case) -> list[Row]:
 
 
 def trainer_rows() -> list[Row]:
-    """Return the rows of the real trainer: a step's loss and gradient norm, however many rows a micro-batch has."""
+    """Return the rows of the real trainer: a step's loss and gradient norm with micro-batches of several sizes."""
     found = []
     for case in (case for case in CASES if case.name in ("grpo", "ppo")):
         steps = []
-        for micro_batch in (None, 5, 1):
+        for rows in (None, 5, 1):
             bench = Bench(case)
             with tempfile.TemporaryDirectory() as directory:
-                trainer = trainer_of(
-                    bench.algorithm, Path(directory), steps=4, learning_rate=0.01, micro_batch=micro_batch
-                )
+                trainer = trainer_of(bench.algorithm, directory, steps=4, learning_rate=0.01, micro_batch=rows)
                 bench.listed.queue.append(bench.drawn())
                 steps.append(trainer.step(0))
         text = f"{case.name}: loss and gradient norm of a step with micro-batches of 5 rows and of 1"
@@ -84,21 +80,16 @@ class Bench:
         self.task = case.task(PROMPTS, 4, 4)
         self.policy = tiny_gpt(self.task, seed=1, positions=GARBAGE)
         reference = tiny_gpt(self.task, seed=2, positions=GARBAGE)
-        self.algorithm = composed(
-            case.algo, case.overrides, self.task, policy=self.policy, reference=reference, temperature=TEMPERATURE,
-            prompts_per_step=len(PROMPTS), group_size=GROUP_SIZE,
-        )  # fmt: skip
+        self.algorithm = composed(case, self.task, policy=self.policy, reference=reference, group_size=GROUP_SIZE)
         self.listed = self.algorithm.rollouts = Listed(self.algorithm.rollouts)
         self.scorer = Scorer(self.policy, self.algorithm.head)
 
     def drawn(self) -> tuple[list[Prompt], Rollout]:
-        """Return a batch of the policy's own."""
+        """Return prompts and the completions that the policy samples."""
         prompts = list(self.listed.run.data.prompts("train"))
-        rollout = generate(
-            self.policy, [p.ids for p in prompts], group_size=GROUP_SIZE, eos_id=self.task.tokenizer.eos_id, seed=0,
-            sampling=Sampling(self.task.length, TEMPERATURE),
-        )  # fmt: skip
-        return prompts, rollout
+        sampling, eos_id = Sampling(self.task.length, TEMPERATURE), self.task.tokenizer.eos_id
+        ids = [prompt.ids for prompt in prompts]
+        return prompts, generate(self.policy, ids, group_size=GROUP_SIZE, sampling=sampling, eos_id=eos_id, seed=0)
 
     def measured(self, prompts: list[Prompt], rollout: Rollout, **cut: int) -> Measured:
         """Collect these completions, move the policy, and sum the loss over micro-batches."""
@@ -125,7 +116,7 @@ class Bench:
 
 
 def padded(prompts: list[Prompt], rollout: Rollout) -> tuple[list[Prompt], Rollout]:
-    """Return the same rollout with more columns, and in all padding ids and logprobs that mean nothing."""
+    """Return the same rollout with more padding, and with arbitrary ids and logprobs in all padding."""
     rows = rollout.rows
     mask = pad(rows.completion_mask, (0, GARBAGE))
     ids = torch.where(mask, pad(rows.completion_ids, (0, GARBAGE)), 2)
@@ -137,17 +128,15 @@ def padded(prompts: list[Prompt], rollout: Rollout) -> tuple[list[Prompt], Rollo
 
 
 def reordered(prompts: list[Prompt], rollout: Rollout) -> tuple[list[Prompt], Rollout]:
-    """Return the same rollout with its groups, and the members of each, from the last to the first."""
+    """Return the same rollout with its prompts, and the members of each group, in reverse order."""
     rows = rollout.rows
-    made = Rows(
-        rows.prompt_ids.flip(0), rows.prompt_lengths.flip(0), rows.prompt_of_row, rows.completion_ids.flip(0),
-        rows.completion_mask.flip(0),
-    )  # fmt: skip
+    ids, mask = rows.completion_ids.flip(0), rows.completion_mask.flip(0)
+    made = Rows(rows.prompt_ids.flip(0), rows.prompt_lengths.flip(0), rows.prompt_of_row, ids, mask)
     return prompts[::-1], Rollout(made, rollout.logprobs.flip(0), rollout.finish_reasons[::-1])
 
 
 def difference(whole: Measured, others: Iterable[Measured]) -> float:
-    """Return the largest difference of loss, gradient and any metric, each over what it is for the whole."""
+    """Return the largest difference of loss, gradient and any metric, each relative to that of the whole batch."""
     found = [0.0]
     for other in others:
         found.append(float((other.loss - whole.loss).abs() / whole.loss.abs()))

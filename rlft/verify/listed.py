@@ -1,4 +1,4 @@
-"""The real `collect` and `loss` on completions that are given instead of drawn."""
+"""Runs the real `collect` and `loss` on completions that are given instead of sampled."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CPU = torch.device("cpu")
 
 
 class Listed(Rollouts):
-    """Hands out the rollouts that it is given in place of drawing them; they are scored as drawn ones are."""
+    """Hands out given rollouts instead of sampling them, and scores them as sampled ones are scored."""
 
     def __init__(self, drawn: Rollouts) -> None:
-        """`drawn` is what it stands in for."""
+        """`drawn` is the object that it replaces."""
         vars(self).update(vars(drawn))
-        self.queue: deque[tuple[list[Prompt], Rollout]] = deque()  # draw by draw
+        self.queue: deque[tuple[list[Prompt], Rollout]] = deque()  # one entry for each draw
 
     def _draw(self, index: int) -> Samples:
         prompts, rollout = self.queue.popleft()
@@ -37,7 +37,7 @@ class Listed(Rollouts):
 
 
 def rollout_of(task: Task, groups: tuple[Group, ...], logp: Array) -> Rollout:
-    """Return a group of completions for each prompt as a rollout; `logp` [contexts, V] is the sampler's."""
+    """Return a group of completions for each prompt as a rollout; `logp` [contexts, V] are the sampler's logprobs."""
     pairs = [(p, ids) for p, group in enumerate(groups) for ids in group]
     prompt_ids, prompt_mask = pad([list(ids) for ids in task.prompts], device=CPU)
     completion_ids, mask = pad([list(ids) for _, ids in pairs], device=CPU)
@@ -50,7 +50,7 @@ def rollout_of(task: Task, groups: tuple[Group, ...], logp: Array) -> Rollout:
 
 
 def sample_of(task: Task, prompt: int, ids: Completion, *, greedy_reward: float = 0.0) -> Sample:
-    """Return a completion as the formulas read it."""
+    """Return a completion in the form that the formulas read."""
     contexts = tuple(task.places[task.prompts[prompt] + ids[:t]] for t in range(len(ids)))
     at_end = [0.0] * (len(ids) - 1) + [task.reward(prompt, ids)]
     rewards = task.token_rewards(prompt, ids) if task.token_rewards else at_end
@@ -58,8 +58,7 @@ def sample_of(task: Task, prompt: int, ids: Completion, *, greedy_reward: float 
 
 
 def loss_of(algorithm: PolicyGradient, batch: Batch, *, update: int, metrics: Metrics | None = None) -> Tensor:
-    """Return the loss of a whole batch at one of its updates."""
+    """Return the loss of a whole batch at its update number `update`."""
     denominators = Denominators(num_tokens=batch.num_tokens, num_sequences=batch.num_rows)
-    return algorithm.loss(
-        Scorer(algorithm.run.policy, algorithm.head), batch, denominators, metrics or Metrics(), update=update
-    )
+    scorer = Scorer(algorithm.run.policy, algorithm.head)
+    return algorithm.loss(scorer, batch, denominators, metrics or Metrics(), update=update)

@@ -1,7 +1,7 @@
-"""The same with a network: every group that a tiny GPT-2 can draw for a random table of rewards, in float64.
+"""Expected gradients of a network: every group that a tiny GPT-2 can draw for a random table of rewards, in float64.
 
-Its prompts go through attention and a shared prefix, and its gradient is of every weight. What is exact is computed by
-plain forwards of whole sequences.
+Here the algorithm uses attention and shared prefixes of prompts, and the gradient is of every weight. The exact answer
+comes from plain forward passes of whole sequences.
 """
 
 from __future__ import annotations
@@ -9,23 +9,22 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from rlft.models.gpt2 import GPT2
 from rlft.verify import exact
-from rlft.verify.cases import Case, composed
+from rlft.verify.cases import TEMPERATURE, Case, composed
 from rlft.verify.enumerable import Task, random_table
-from rlft.verify.groups import SAME, TEMPERATURE, batches
+from rlft.verify.groups import batches
 from rlft.verify.listed import Listed, loss_of, rollout_of, sample_of
-from rlft.verify.verdict import Row
+from rlft.verify.verdict import Row, same
 
 GROUP_SIZE = 2
 
 
 def tiny_gpt(task: Task, *, seed: int, positions: int = 0) -> GPT2:
-    """Return a GPT-2 of one layer in float64 with uneven distributions over the task's tokens.
+    """Return a one-layer GPT-2 in float64 whose distributions over tokens are uneven.
 
-    `positions` are beyond those that the task needs.
+    `positions` are added to those that the task needs.
     """
     needed = task.length + max(len(prompt) for prompt in task.prompts)
     model = GPT2.from_config(
@@ -42,10 +41,7 @@ def rows_of(case: Case) -> list[Row]:
     """Return an unbiased algorithm's row: its expected gradient against the exact one, for every weight."""
     task = random_table(2, 3)
     policy, reference = tiny_gpt(task, seed=1), tiny_gpt(task, seed=2)
-    algorithm = composed(
-        case.algo, case.overrides, task, policy=policy, reference=reference, temperature=TEMPERATURE,
-        prompts_per_step=1, group_size=GROUP_SIZE,
-    )  # fmt: skip
+    algorithm = composed(case, task, policy=policy, reference=reference, group_size=GROUP_SIZE)
     listed = algorithm.rollouts = Listed(algorithm.rollouts)
     logp = exact.table(policy, task, temperature=TEMPERATURE).numpy()
     total = torch.zeros((), dtype=torch.float64)
@@ -54,14 +50,6 @@ def rows_of(case: Case) -> list[Row]:
         samples = [sample_of(task, 0, ids) for ids in groups[0]]
         chance = math.exp(sum(logp[c, a] for s in samples for c, a in zip(s.contexts, s.tokens, strict=True)))
         total = total + chance * loss_of(algorithm, algorithm.collect(0), update=0)
-    got = -_gradient(total, policy)
-    beta = 0.0 if case.formula.kl == "none" else algorithm.kl.base_coef
-    own, ref = (exact.logprobs(p, task, temperature=TEMPERATURE) for p in (policy, reference))
-    value = exact.objective(own, ref.detach(), task.rewards, beta=beta)
-    wanted = case.scale_of(task, GROUP_SIZE) * _gradient(value, policy)
+    wanted = case.scale_of(task, GROUP_SIZE) * case.exact_gradient(algorithm, task, reference)
     text = f"tiny GPT: E[gradient] of {len(wanted)} weights = {case.scale_text}the exact policy gradient"
-    return [Row(case.name, text, 0.0, float((got - wanted).abs().max() / wanted.abs().max()), SAME)]
-
-
-def _gradient(value: Tensor, policy: GPT2) -> Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(policy.parameters()))])
+    return [same(case.name, text, -exact.gradient(total, policy), wanted)]

@@ -1,4 +1,4 @@
-"""What a verification shows: a table (printed, and as a page), a JSON file, a picture of the reward-KL frontiers."""
+"""The output of a verification: a table (printed, and in Markdown), a JSON file, a plot of the reward-KL frontiers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file, no window
+matplotlib.use("Agg")  # draw to a file, without a window
 import matplotlib.pyplot as plt
 import torch
 from rich.table import Table
@@ -37,7 +37,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def write_markdown(rows: list[Row], path: Path, *, seconds: float) -> None:
-    """Write the same table as a page, with what it was found with."""
+    """Write the same table in Markdown, with the machine and the versions."""
     passed = sum(row.is_right for row in rows)
     lines = [
         "# `rlft verify`",
@@ -55,14 +55,14 @@ def write_markdown(rows: list[Row], path: Path, *, seconds: float) -> None:
 
 
 def expected(row: Row) -> str:
-    """Return what a row allows, as text."""
+    """Return the values that a row allows, as text."""
     if row.relation == "=":
         return f"{row.expected:.4g}" + (f" ± {row.tolerance:.2g}" if row.tolerance else "")
     return f"{'≤' if row.relation == '<=' else '≥'} {row.expected:.4g}"
 
 
 def write_json(rows: list[Row], trained: list[Trained], path: Path, *, seconds: float) -> None:
-    """Write all rows, the trained points and what they were found with; numbers that are not finite become null."""
+    """Write all rows, the trained policies and the versions; numbers that are not finite become null."""
     content = {
         "rows": [{k: _finite(v) for k, v in row.as_dict().items()} for row in rows],
         "trained": [vars(one) for one in trained],
@@ -73,7 +73,7 @@ def write_json(rows: list[Row], trained: list[Trained], path: Path, *, seconds: 
 
 
 def draw(trained: list[Trained], path: Path) -> None:
-    """Draw, for each task, the largest reward that any policy can have at a KL, and where each algorithm came to."""
+    """Plot, for each task, the largest reward that a policy can have at each KL, and each algorithm's final policy."""
     courses = {course.name: course for course in training.courses()}
     shown = {name: [one for one in trained if one.task == name] for name in courses}
     panels = [name for name, points in shown.items() if points and courses[name].task.rewards.std() > 0]

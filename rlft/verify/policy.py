@@ -1,7 +1,7 @@
-"""A policy that is a table of logits, one row for each context: every distribution over completions is one of its own.
+"""A policy that is a table of logits, one row for each context; it can represent every distribution over completions.
 
-It fills the contract of a language model, cache included, so that the engine, the scorer and the trainer work on it as
-on any other; and its gradient can be written down by hand, p(v | c) being softmax(table[c])[v].
+It is a `CausalLM` with a cache, so that the engine, the scorer and the trainer treat it as any other model. Since
+p(v | c) = softmax(table[c])[v], its gradient can be written down by hand.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from rlft.models.kv.base import Cache, CacheShape
 
 
 class TabularPolicy(CausalLM):
-    """Next-token logits `[contexts, V]`, float64; a token's hidden state is its context's row, the head the identity.
+    """Next-token logits [contexts, V] in float64; the hidden state is the context's row, the head the identity.
 
-    A context is everything before a token, from the prompt's first on. It is known by its number, the sum of
-    (id + 1) (V + 1)^position over its tokens; a cache keeps each token's term of that sum in the place of its keys. A
-    context that the table does not have (inside a prompt, after an end token, at a wrong position) has logits nan: if
-    anything of it ever counted, the loss would not be finite.
+    A context is all tokens before the next one, the prompt's included. It is looked up by its code, the sum of
+    (id + 1) (V + 1)^position over its tokens; a cache keeps each token's term of that sum in place of its keys. A
+    context that is not in the table (inside a prompt, after an end token, at a wrong position) has logits nan, so that
+    the loss is not finite if it is ever counted.
 
     Arguments:
         contexts: ids of every context, none twice.
-        table: [contexts, V] floating; copied.
+        table: [contexts, V], floating point; copied.
     """
 
     codes: Tensor  # [contexts] float64, ascending
@@ -39,9 +39,8 @@ class TabularPolicy(CausalLM):
         self.vocab_size = table.shape[1]
         self.context_length = max(len(context) for context in contexts) + 1
         if (self.vocab_size + 1) ** self.context_length > 2**53:
-            raise ConfigError(
-                f"{self.context_length} tokens of {self.vocab_size} are more contexts than float64 counts"
-            )
+            count = f"{self.context_length} tokens of {self.vocab_size}"
+            raise ConfigError(f"{count} are more contexts than float64 counts")
         self.cache_shape, self.num_heads = CacheShape(num_layers=1, num_kv_heads=1, head_dim=1), 1
         self.table = nn.Parameter(table.detach().double().clone())
         base = self.vocab_size + 1

@@ -1,4 +1,4 @@
-"""The whole verification, part by part: which rows belong to a name, and in which order they are found."""
+"""The whole verification: the rows of each name, in the order of the table."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "sampler": sampled.engine,
     "trainer": invariance.trainer_rows,
 }
-NEURAL = ("rloo", "remax", "dr_grpo", "ppo, lambda 1")  # a network costs more than a table; these read all there is
+NEURAL = ("rloo", "remax", "dr_grpo", "ppo, lambda 1")  # a few only: networks are slow
 
 
 @dataclass
 class Findings:
-    """All rows, and where the trained algorithms came to."""
+    """All rows, and the trained policies."""
 
     rows: list[Row] = field(default_factory=list)
     trained: list[Trained] = field(default_factory=list)
 
 
 def names() -> list[str]:
-    """Return what can be verified alone: parts of the package, and algorithms by their YAML's names."""
+    """Return the names that can be verified alone: parts of the package, and algorithms by their YAML's names."""
     return [*PARTS, *dict.fromkeys(case.algo for case in CASES)]
 
 
 def verify(
     only: Sequence[str] = (), *, trains: bool = True, started: Callable[[str], None] = lambda name: None
 ) -> Findings:
-    """Verify everything, or what `only` names. `started` is told each name; `trains` is whether algorithms are trained.
+    """Verify everything, or only the given names.
 
-    What raises is a row that failed. Raises `ConfigError` for an unknown name, and outside a checkout.
+    `started` is called with each name as its turn comes; without `trains` no algorithm is trained. An exception in a
+    part becomes a row that fails. Raises `ConfigError` for an unknown name, or if rlft's YAML files are missing.
     """
     for name in only:
         if name not in names():
             raise ConfigError(f"--only {name}: nothing has this name{nearest(name, names())}; {', '.join(names())}")
-    algorithm_node("reinforce")
+    algorithm_node("reinforce")  # raises if there are no YAML files
     findings = Findings()
     for name in only or names():
         started(name)
@@ -62,7 +63,7 @@ def verify(
 
 
 def of_case(case: Case) -> list[Row]:
-    """Return an algorithm's rows but for those of training."""
+    """Return an algorithm's rows, except those of training."""
     found = guarded(case.name, lambda: groups.rows_of(case))
     if case.scale is not None:
         found += guarded(case.name, lambda: sampled.gradients(case))
@@ -74,7 +75,7 @@ def of_case(case: Case) -> list[Row]:
 
 
 def guarded(name: str, part: Callable[[], list[Row]]) -> list[Row]:
-    """Return a part's rows, or one that failed and says what it raised: the others are still wanted."""
+    """Return a part's rows, or one failed row with its exception, so that the other parts still run."""
     try:
         return part()
     except Exception as error:  # whatever a broken algorithm may raise

@@ -1,8 +1,8 @@
-"""What cannot be listed is sampled: the engine's draws, and expected gradients on completions of unequal length.
+"""Statistical checks: the engine's draws, and expected gradients on batches that are too many to list.
 
-Seeds are fixed, so a row is the same at every run. A mean is wrong where it is more than 5 standard errors off, a
-distribution where its chi-square has a p-value below 1e-6: right code fails one of all these rows once in a thousand
-choices of the seed.
+Seeds are fixed, so a row is the same at every run. A mean fails if it is more than 5 standard errors from the exact
+one, a distribution if its chi-square test has a p-value below 1e-6: correct code fails one of all these rows for one
+seed in a thousand.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from rlft.core.rng import generator
 from rlft.rollout.engine import Rollout, generate
 from rlft.rollout.sampling import Sampling
 from rlft.verify import exact
-from rlft.verify.cases import Case, composed
+from rlft.verify.cases import TEMPERATURE, Case, composed
 from rlft.verify.enumerable import Task, endings
-from rlft.verify.groups import SAME, TEMPERATURE
 from rlft.verify.listed import loss_of
-from rlft.verify.verdict import Row
+from rlft.verify.verdict import SAME, Row
 
 PROMPTS = ((0,), (1, 2))
 ERRORS, SMALLEST_P = 5.0, 1e-6
@@ -29,7 +28,7 @@ BATCHES, GROUPS, GROUP_SIZE, DIRECTIONS = 64, 64, 4, 20
 
 
 def engine() -> list[Row]:
-    """Return the rows about the sampler: which completions it draws, how often, and with which logprobs."""
+    """Return the rows of the sampler: which completions it draws, how often, and with which logprobs."""
     task, size = endings(PROMPTS, 4, 3), 8000
     policy = task.policy(seed=1, spread=0.8)
     logp = exact.logprobs(policy, task, temperature=TEMPERATURE).detach()
@@ -59,25 +58,15 @@ def engine() -> list[Row]:
 
 
 def gradients(case: Case) -> list[Row]:
-    """Return the rows of an unbiased algorithm: sampled batches of real rollouts against the exact gradient."""
+    """Return an unbiased algorithm's rows: the mean gradient of real rollouts against the exact gradient."""
     task = case.task(PROMPTS, 4, 3)
     policy, reference = task.policy(seed=1, spread=0.7), task.policy(seed=2, spread=0.7)
-    algorithm = composed(
-        case.algo, case.overrides, task, policy=policy, reference=reference, temperature=TEMPERATURE,
-        prompts_per_step=GROUPS, group_size=GROUP_SIZE,
-    )  # fmt: skip
-    logp, logq = (exact.logprobs(p, task, temperature=TEMPERATURE) for p in (policy, reference))
-    beta = 0.0 if case.formula.kl == "none" else algorithm.kl.base_coef
-    value = exact.objective(logp, logq.detach(), task.rewards, beta=beta)
-    wanted = case.scale_of(task, GROUP_SIZE) * torch.autograd.grad(value, policy.table)[0].flatten()
-    drawn = []
-    for index in range(BATCHES):
-        loss = loss_of(algorithm, algorithm.collect(index), update=0)
-        drawn.append(-torch.autograd.grad(loss, policy.table)[0].flatten())
-    gradients = torch.stack(drawn)
+    algorithm = composed(case, task, policy=policy, reference=reference, group_size=GROUP_SIZE, prompts_per_step=GROUPS)
+    wanted = case.scale_of(task, GROUP_SIZE) * case.exact_gradient(algorithm, task, reference)
+    losses = (loss_of(algorithm, algorithm.collect(index), update=0) for index in range(BATCHES))
+    gradients = torch.stack([-exact.gradient(loss, policy) for loss in losses])
     along, error = _mean(gradients @ wanted / (wanted @ wanted))
-    number = BATCHES * GROUPS
-    text = f"E[gradient] over {number:,} sampled groups, along the exact one (standard error {error:.3f})"
+    text = f"E[gradient] over {BATCHES * GROUPS:,} sampled groups, along the exact one (standard error {error:.3f})"
     found = [Row(case.name, text, 1.0, along, ERRORS * error)]
     directions = generator(0, "verify/directions").standard_normal((len(wanted), DIRECTIONS))
     off = (gradients - wanted) @ torch.from_numpy(directions)  # [batches, directions]
@@ -87,7 +76,7 @@ def gradients(case: Case) -> list[Row]:
 
 
 def chi_square(observed: Tensor, expected: Tensor) -> float:
-    """Return the p-value of counts under their expectations; cells that expect fewer than 5 are taken together."""
+    """Return the p-value of counts given their expectations; cells that expect fewer than 5 are merged into one."""
     is_small = expected < 5.0
     observed = torch.cat([observed[~is_small], observed[is_small].sum()[None]])
     expected = torch.cat([expected[~is_small], expected[is_small].sum()[None]])
@@ -98,16 +87,13 @@ def chi_square(observed: Tensor, expected: Tensor) -> float:
 
 
 def _listed(task: Task, drawn: Rollout, logp: Tensor) -> tuple[Tensor, float]:
-    """Return each draw's number among the completions (-1: it is none) and the largest difference in logprobs."""
+    """Return each draw's index in `task.completions` (-1: not there) and the largest difference in logprobs."""
     places = {ids: number for number, ids in enumerate(task.completions)}
     numbers = [places.get(tuple(ids), -1) for ids in drawn.completions()]
     prompts = drawn.rows.prompt_of_row.tolist()
-    totals = drawn.logprobs.sum(1).tolist()
-    off = max(
-        abs(total - float(logp[p, n])) if n >= 0 else math.inf
-        for total, p, n in zip(totals, prompts, numbers, strict=True)
-    )
-    return torch.tensor(numbers), off
+    triples = zip(drawn.logprobs.sum(1).tolist(), prompts, numbers, strict=True)
+    off = [abs(total - float(logp[p, n])) if n >= 0 else math.inf for total, p, n in triples]
+    return torch.tensor(numbers), max(off)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:

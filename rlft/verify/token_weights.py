@@ -1,6 +1,6 @@
-"""How much a token or a completion weighs in a policy gradient, from the papers' formulas, in plain Python.
+"""The weight of a token or a completion in the policy gradient, by the papers' formulas, in plain Python.
 
-Nothing here comes from rlft.functional: it is what that package is checked against.
+Nothing here comes from rlft.functional, which is checked against it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> 
 
 
 def group_returns(rewards: list[list[float]], group_size: int, gamma: float) -> list[list[float]]:
-    """A_it = R_it minus the mean of R_jt over the group's others that are as long: `leave_one_out` at each place."""
+    """A_it = R_it minus the mean of R_jt over the others of the group that are long enough: leave one out at each t."""
     returns = [discounted(row, gamma) for row in rewards]
     made = []
     for i, row in enumerate(returns):
@@ -71,7 +71,7 @@ def leave_one_out(group: list[float], settings: Settings) -> list[float]:
 
 
 def best(group: list[float], settings: Settings) -> list[float]:
-    """RAFT, arXiv:2304.06767: the first of the best; a group of equals has none."""
+    """RAFT, arXiv:2304.06767: 1 for the first of the best, 0 for all others, and for a group of equals."""
     if max(group) == min(group):
         return [0.0] * len(group)
     return [float(i == group.index(max(group))) for i in range(len(group))]
@@ -84,11 +84,7 @@ def softmax(group: list[float], settings: Settings) -> list[float]:
 
 
 OF_A_GROUP: dict[str, Callable[[list[float], Settings], list[float]]] = {
-    "mean": mean,
-    "zscore": zscore,
-    "leave_one_out": leave_one_out,
-    "best": best,
-    "softmax": softmax,
+    f.__name__: f for f in (mean, zscore, leave_one_out, best, softmax)
 }
 
 

@@ -1,9 +1,12 @@
-"""A row of the table: what a property should be, what it is, and whether that is near enough."""
+"""A row of the table: a property's exact answer, what was measured, and whether the two agree."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
+
+SAME = 1e-10  # tolerance of a relative difference in float64
 
 
 @dataclass(frozen=True)
@@ -11,11 +14,11 @@ class Row:
     """One verified property.
 
     Arguments:
-        algorithm: what is verified; an algorithm's name, or a part of the package.
+        algorithm: the algorithm's name, or the part of the package, that is verified.
         claim: the property, in words.
         expected: the exact answer, or the bound.
-        measured: what the package does.
-        tolerance: how far the two may be apart, or by how much the bound may be passed.
+        measured: what the package computes.
+        tolerance: the largest difference that is allowed, or by how much the bound may be passed.
         relation: "=", "<=" (measured may not be above expected) or ">=".
     """
 
@@ -41,3 +44,8 @@ class Row:
     @property
     def verdict(self) -> str:
         return "pass" if self.is_right else "FAIL"
+
+
+def same(algorithm: str, claim: str, measured: Any, wanted: Any) -> Row:
+    """Return the row that two arrays or tensors are equal: their largest difference over the largest entry is 0."""
+    return Row(algorithm, claim, 0.0, float(abs(measured - wanted).max() / abs(wanted).max()), SAME)
