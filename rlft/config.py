@@ -178,6 +178,9 @@ def composition_error(error: Exception, *, overrides: Sequence[str] = ()) -> Con
     ):
         group, name, options = found[1], found[2], found[3].split()
         return ConfigError(f"{group}={name} does not exist{choices.meant(group, name, options)}")
+    if found := re.search(r"Could not load '([^']+)/([^'/]+)'", text):  # a name in a list: reward=[sentiment,length]
+        options = sorted(file.stem for file in (conf_directory() / found[1]).glob("*.yaml"))
+        return ConfigError(f"{found[1]}=[{found[2]}] does not exist{choices.meant(found[1], found[2], options)}")
     return ConfigError(text)
 
 
@@ -255,7 +258,10 @@ def _check_node(path: str, node: Any, *, given: Collection[str], read: dict[str,
             _check_type(f"{path}.{key}", value, hints[key])
     missing = [name for name in named if name not in has_default and name not in node and name not in given]
     if missing and not node.get("_partial_"):
-        raise ConfigError(f"{path}.{missing[0]} is not set, and has no default")
+        hint = (
+            " (the YAML of a function that is called later has _partial_: true)" if inspect.isfunction(target) else ""
+        )
+        raise ConfigError(f"{path}.{missing[0]} is not set, and has no default{hint}")
     for key, value in node.items():
         options = _options(hints.get(key))
         is_open = value is None and type(None) in options
