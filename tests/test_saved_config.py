@@ -214,3 +214,17 @@ def test_a_config_is_read_as_it_was_written_and_a_directory_without_one_holds_no
         read_config(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(DEFAULTS, sort_keys=False))
     assert read_config(tmp_path) == DEFAULTS
+
+
+def test_a_run_from_before_a_root_setting_was_there_has_its_default():
+    values = copy.deepcopy(DEFAULTS)
+    del values["profile"], values["rollout_rows"]
+    assert from_values(values) == from_values(DEFAULTS)
+
+
+def test_a_run_of_another_version_is_said_to_be_one():
+    old = "rlft.algos.policy_gradient.PolicyGradient"
+    with pytest.raises(
+        ConfigError, match=rf"algo\._target_={old} is no part of this version of rlft: the run was made by"
+    ):
+        from_values(changed("algo._target_", old))

@@ -5,7 +5,19 @@ from __future__ import annotations
 import math
 
 from rlft.core.errors import ConfigError, nearest
-from rlft.core.settings import SCHEDULES
+from rlft.core.settings import SCHEDULES, RootSettings
+
+
+def learning_rate_of(settings: RootSettings, step: int) -> float:
+    """Return the learning rate of optimizer step `step` of a run."""
+    return learning_rate(
+        step,
+        peak=settings.learning_rate,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        total_steps=settings.steps,
+        final_fraction=settings.final_learning_rate_fraction,
+    )
 
 
 def learning_rate(

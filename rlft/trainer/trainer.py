@@ -27,7 +27,7 @@ from rlft.tracking import efficiency
 from rlft.tracking.progress import Progress
 from rlft.tracking.trackers import Tracker
 from rlft.trainer.checkpoint import Checkpoints
-from rlft.trainer.schedule import learning_rate
+from rlft.trainer.schedule import learning_rate_of
 from rlft.trainer.train_state import TrainState
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Trainer:
         metrics, denominators = Metrics(), self._denominators(batch)
         with self.clock("update"):
             loss, micro_batches = self._accumulate(batch, denominators, metrics, step, update)
-        rate = self._learning_rate(step)
+        rate = learning_rate_of(self.settings, step)
         with self.clock("optimizer"):
             grad_norm = self._update(batch, float(loss), rate)
         total_loss = loss.to(self.accelerator.device)
@@ -217,17 +217,6 @@ class Trainer:
     @property
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer  # accelerate wraps the one that `configure_optimizers` made
-
-    def _learning_rate(self, step: int) -> float:
-        s = self.settings
-        return learning_rate(
-            step,
-            peak=s.learning_rate,
-            schedule=s.schedule,
-            warmup_steps=s.warmup_steps,
-            total_steps=s.steps,
-            final_fraction=s.final_learning_rate_fraction,
-        )
 
     def _denominators(self, batch: Batch) -> Denominators:
         counts = torch.tensor([batch.num_tokens, batch.num_rows], device=self.accelerator.device, dtype=torch.float64)

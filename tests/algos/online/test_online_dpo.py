@@ -8,12 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlft import build
 from rlft.core.errors import ConfigError, NonFiniteError
 from rlft.core.metrics import Metrics
 from rlft.models.scorer import Scorer
 from tests.algos.micro import completions, eighths
 from tests.algos.offline.builders import build_offline, gradient, reference, totals
-from tests.builders import FixedPrompts, Float64Rewards, perturbed, reward_sum, rows_of, tiny, trainer
+from tests.builders import (
+    FixedPrompts,
+    Float64Rewards,
+    algorithm_node,
+    perturbed,
+    reward_sum,
+    rows_of,
+    tiny,
+    trainer,
+)
 from tests.models.tiny import plain_logprobs
 
 TEMPERATURE = 0.8
@@ -220,3 +230,10 @@ def test_plan_says_what_follows_from_the_settings():
     assert plan["samples per step"] == "3 prompts x 4 = 12"
     assert plan["pairs per step"] == "at most 3"
     assert plan["rewards"] == "1 x r"
+
+
+def test_a_loss_that_needs_no_reference_is_still_evaluated_against_one():
+    """The KL that an evaluation measures is of interest whatever the loss is."""
+    simpo = algorithm_node("simpo")["loss"]
+    make = build._parts(algorithm_node("online_dpo") | {"loss": simpo})
+    assert make.func.uses_reference(**make.keywords)
