@@ -25,6 +25,8 @@ def _job(config: DictConfig) -> None:
     from rlft.build import build
 
     pairs: Any = build(settings).algorithm  # conf/rank_pairs.yaml puts them in the algorithm's place
-    found = pairs.write(lambda number: print(f"\r{number:,} pairs", end="", flush=True, file=sys.stderr))
-    print(file=sys.stderr)
+    is_seen = sys.stderr.isatty()
+    found = pairs.write(lambda n: print(f"\r{n:,} pairs", end="", flush=True, file=sys.stderr) if is_seen else None)
+    if is_seen:
+        print(file=sys.stderr)
     print(f"rlft: {pairs.path}: " + ", ".join(f"{name} {value:,.6g}" for name, value in found.items()))

@@ -46,10 +46,18 @@ def chat_key(tokenizer: Encoder) -> Any:
 
 
 def in_chunks(rows: Sequence[Row], what: str) -> Iterator[tuple[int, list[Row]]]:
-    """Yield (number of the chunk's first row, rows of the chunk); stderr shows the progress of `what`."""
+    """Yield (number of the chunk's first row, rows of the chunk); stderr shows the progress of `what`.
+
+    Raises `DataError` for a source of another's making that gives something else than rows.
+    """
     with reported(what, len(rows), unit="texts") as advance:
         for start in range(0, len(rows), CHUNK):
             chunk = list(rows[start : start + CHUNK])
+            if not isinstance(chunk[0], Row):
+                kind = type(chunk[0]).__name__
+                raise DataError(
+                    f"data.source gives {kind}s; a source's rows are rlft.data.source.Row, as in data/tasks.py"
+                )
             yield start, chunk
             advance(len(chunk))
 

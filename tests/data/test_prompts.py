@@ -7,6 +7,7 @@ from rlft.data.files import Jsonl
 from rlft.data.prompts import PromptData
 from rlft.data.source import SPLITS
 from rlft.text.bpe import trained_bpe
+from rlft.text.characters import characters
 
 EOS = 256  # of the byte tokenizer
 HUGE = "indivisible" * 100
@@ -207,3 +208,14 @@ def test_conversation_that_cannot_be_rendered_is_refused_with_its_place(write_js
 def test_conversation_has_no_opening(write_jsonl, bpe):
     with pytest.raises(DataError, match=r"data.jsonl:1: prompt_tokens cuts plain texts"):
         PromptData(conversations(write_jsonl, [message("hi")]), tokenizer=bpe, prompt_tokens=4).prompts("train")
+
+
+def test_a_source_that_gives_no_rows_is_an_error_that_says_what_rows_are():
+    class Texts:
+        counts: dict[str, int] = {}  # noqa: RUF012
+
+        def rows(self, split):
+            return ["plain text"]
+
+    with pytest.raises(DataError, match=r"^data.source gives strs; a source's rows are rlft.data.source.Row"):
+        PromptData(Texts(), tokenizer=characters(alphabet="a text")).prompts("train")
