@@ -218,4 +218,4 @@ def test_a_source_that_gives_no_rows_is_an_error_that_says_what_rows_are():
             return ["plain text"]
 
     with pytest.raises(DataError, match=r"^data.source gives strs; a source's rows are rlft.data.source.Row"):
-        PromptData(Texts(), tokenizer=characters(alphabet="a text")).prompts("train")
+        PromptData(Texts(), tokenizer=characters(alphabet="plain tex")).prompts("train")
