@@ -101,9 +101,9 @@ def root_settings(**changes: Any) -> RootSettings:
 
 
 def root_defaults() -> dict[str, Any]:
-    """Return the root settings as conf/train.yaml has them; `name` is left open there."""
+    """Return the root settings as conf/train.yaml has them, but for `name`, which Hydra fills in."""
     values = yaml.safe_load((conf_directory() / "train.yaml").read_text(encoding="utf-8"))
-    return {field.name: values[field.name] for field in fields(RootSettings)}
+    return {field.name: values[field.name] for field in fields(RootSettings) if field.name != "name"}
 
 
 def _check_keys(values: Any) -> None:
@@ -191,6 +191,8 @@ def _type_error(error: Exception) -> ConfigError:
         value, kind, wanted, key = found.groups()
         names = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false", "String": "a text"}
         return ConfigError(f"{key}={value} is a {kind}; {names.get(wanted, wanted)} is allowed")
+    if found := re.search(r"Missing mandatory value: (\S+)", text):
+        return ConfigError(f"{found[1]} is not set, and has no default: give {found[1]}=…")
     if found := re.search(r"is not a ListConfig, list or tuple. full_key: (\S+)", text):
         return ConfigError(f"{found[1]} is a list: {found[1]}=[…]")
     return ConfigError(text)

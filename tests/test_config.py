@@ -403,7 +403,7 @@ def test_a_key_that_is_no_name_is_refused():
         ("warmup_steps=1000000", "warmup_steps=1000000 must be below steps"),
         ("betas=[0.9]", "betas=[0.9] must be two numbers in [0, 1)"),
         ("betas=[0.9,1.0]", "betas=[0.9, 1.0] must be two numbers in [0, 1)"),
-        ("~steps", "Missing mandatory value: steps"),
+        ("~steps", "steps is not set, and has no default: give steps="),
         ("~tracker", "tracker has no _target_: choose one of the files under conf/tracker/"),
         ("~algo.kl._target_", "algo.kl has no _target_: choose one of the files under conf/algo/"),
         ("~algo.entropy_coef", "algo.entropy_coef is not set, and has no default"),

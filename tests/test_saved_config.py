@@ -220,6 +220,9 @@ def test_a_run_from_before_a_root_setting_was_there_has_its_default():
     values = copy.deepcopy(DEFAULTS)
     del values["profile"], values["rollout_rows"]
     assert from_values(values) == from_values(DEFAULTS)
+    del values["name"]  # which no file of conf/ sets
+    with pytest.raises(ConfigError, match="name is not set, and has no default: give name=…"):
+        from_values(values)
 
 
 def test_a_run_of_another_version_is_said_to_be_one():

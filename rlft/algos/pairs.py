@@ -30,7 +30,8 @@ class PairLoss:
     """
 
     def __init__(self, function: Callable[..., Tensor], *, beta: float) -> None:
-        self.part, self.beta, self.needs_reference = _part(function), beta, uses_reference(function)
+        self.part, self.beta = _part(function), beta
+        self.needs_reference = "ref_chosen" in self.part.names
 
     def __call__(
         self,

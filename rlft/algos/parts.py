@@ -56,9 +56,8 @@ def composed(part: Callable[..., Any], *, where: str, tensors: Collection[str], 
     args, given = (part.args, part.keywords) if isinstance(part, functools.partial) else ((), {})
     name = getattr(function_of(part), "__name__", type(part).__name__)
     parameters = inspect.signature(functools.partial(function_of(part), *args)).parameters.values()
-    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    for p in positional:
-        if p.name not in tensors and p.name not in given:
+    for p in parameters:
+        if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in tensors and p.name not in given:
             raise ConfigError(
                 f"{where}: {name} asks for the tensor '{p.name}'{nearest(p.name, tensors)}; there are "
                 f"{', '.join(tensors)} (a setting stands behind a * in the signature)"
